@@ -1,0 +1,1 @@
+"""The controller: one asyncio loop; home of asyncssh and of the web framework."""

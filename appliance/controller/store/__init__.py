@@ -1,0 +1,1 @@
+"""What the controller remembers: the store port and its SQLite implementation."""

@@ -1,0 +1,1 @@
+"""WHO is trusted: the only home of `cryptography`."""

@@ -1,0 +1,1 @@
+"""WHAT is said: structs and rules of the stages. Pure: no I/O, no clock, no thread, no key."""

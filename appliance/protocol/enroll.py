@@ -1,0 +1,343 @@
+"""Stage enroll: what an SE says on HTTPS 8443, and the table that decides the answer.
+
+    POST /v1/enroll/nonce     NonceAnswer
+    POST /v1/enroll           JWS (image key, SE key) over EnrollRequest -> 201 Grant | 202 Pending | Problem
+    POST /v1/enroll/refresh   JWS (SE key) over RefreshRequest           -> 200 Grant | 202 Pending | Problem
+
+State is looked up first, by se_id *and* by key; `decide` is the whole table:
+
+    key known under another se_id             refuse CLONED_KEY
+    se_id revoked, rejected, quarantined,
+    deleted (tombstone)                       refuse, each with its own code
+    se_id pending      same key               PENDING again; another key: CONFLICT
+    se_id enrolled     same key, no hello yet GRANT_AGAIN (counted once: a lost answer strands nobody)
+    se_id enrolled     same key, hello seen   refuse SPENT (the image key is used up for this SE; refresh is the way)
+    se_id enrolled     other key              refuse CONFLICT, the existing SE is not touched
+    unknown            image key's policy     GRANT_NEW, PENDING or a refusal
+
+The table knows no clock, no store and no signature: the caller verified both signatures before it asks.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from ipaddress import AddressValueError, IPv4Address, IPv6Address, ip_address, ip_network
+from typing import NamedTuple
+
+import msgspec
+
+from appliance.protocol.problem import Problem
+from appliance.protocol.seed import Hints
+from appliance.protocol.trust import Envelope
+
+NONCE_PATH = "/v1/enroll/nonce"
+ENROLL_PATH = "/v1/enroll"
+REFRESH_PATH = "/v1/enroll/refresh"
+ATTEMPT_HEADER = "appliance-attempt"
+"""Request header that names one SE's series of attempts, so `why ATTEMPT` finds an SE that never got in."""
+
+NONCE_LIFE_S = 300
+MAX_REQUEST_BYTES = 12 * 1024
+MAX_HEADER_BYTES = 8 * 1024
+PROTOCOL_NUMBER = 1
+
+_SE_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+_ATTEMPT = re.compile(r"[0-9a-f]{16}")
+
+
+class NonceAnswer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A nonce (opaque), the controller's time in seconds since 1970, and how long the nonce lives."""
+
+    nonce: str
+    time: int
+    life_s: int = NONCE_LIFE_S
+
+
+class InstanceFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the VM says about itself. Self-asserted: shown and compared, never trusted."""
+
+    dmi_uuid: str = ""
+    instance_id: str = ""
+    macs: list[str] = []
+    boot_id: str = ""
+    image_digest: str = ""
+
+
+class EnrollRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Payload of the two-signature JWS."""
+
+    audience: str
+    """The cluster id."""
+    nonce: str
+    se_id: str
+    se_key: str
+    """OpenSSH public key line, ssh-ed25519, no comment."""
+    host_keys: list[str]
+    """The SE's sshd host keys, OpenSSH lines without comment."""
+    facts: InstanceFacts
+    agent_version: str
+    attempt_id: str
+    hints: Hints = Hints()
+    token: str = ""
+
+
+class RefreshRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Payload of the one-signature JWS by the SE's key."""
+
+    audience: str
+    nonce: str
+    se_id: str
+    agent_version: str
+    attempt_id: str
+
+
+class Grant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """201: what an enrolled SE gets."""
+
+    cluster_id: str
+    se_id: str
+    name: str
+    number: int
+    address: str
+    trust: Envelope
+    receipt: Envelope
+    heartbeat_interval_s: float
+
+
+class Pending(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """202: accepted, waiting for an operator."""
+
+    se_id: str
+    fingerprint: str
+    retry_after_s: int
+
+
+class Refusal(NamedTuple):
+    """One way to say no. `retry_after_s` 0 means that waiting alone does not help."""
+
+    code: str
+    status: int
+    title: str
+    advice: str
+    retry_after_s: int = 0
+
+
+class Refusals(Refusal, enum.Enum):
+    """All refusals of the stage; docs and problem documents are made from this table."""
+
+    MALFORMED = Refusal("ENROLL-001", 400, "The request is malformed", "Use an agent of the controller's version.")
+    IMAGE_KEY_UNKNOWN = Refusal(
+        "ENROLL-002", 403, "The image key is not known", "Bake the image with an image key of this cluster.", 300
+    )
+    SIGNATURE = Refusal("ENROLL-003", 403, "A signature does not verify", "Bake the image anew; its key is damaged.")
+    AUDIENCE = Refusal(
+        "ENROLL-004", 403, "The request is meant for another cluster", "Check the controller address in the seed."
+    )
+    NONCE_STALE = Refusal("ENROLL-005", 409, "The nonce is stale", "Send again with the nonce given here.", 1)
+    NONCE_USED = Refusal("ENROLL-006", 409, "The nonce was used already", "Send again with the nonce given here.", 1)
+    IMAGE_KEY_REVOKED = Refusal(
+        "ENROLL-007", 403, "The image key was revoked", "Deploy from an image with a current image key.", 600
+    )
+    IMAGE_KEY_EXPIRED = Refusal(
+        "ENROLL-008", 403, "The image key has expired", "Create a new image key and bake a new image.", 600
+    )
+    IMAGE_KEY_USED_UP = Refusal(
+        "ENROLL-009", 403, "The image key has no uses left", "Create a new image key or raise its maximum.", 60
+    )
+    SOURCE = Refusal(
+        "ENROLL-010", 403, "The source address is not allowed for this image key", "Check the key's networks.", 600
+    )
+    SPENT = Refusal("ENROLL-011", 409, "The image key is spent for this SE", "Use refresh with the SE's own key.")
+    CONFLICT = Refusal(
+        "ENROLL-012", 409, "The se_id is enrolled with another key", "Rejoin with a token, or delete the SE first.", 600
+    )
+    CLONED_KEY = Refusal(
+        "ENROLL-013", 409, "The key is enrolled under another se_id", "Remove the SE's state; it is a copy.", 600
+    )
+    REVOKED = Refusal("ENROLL-014", 403, "The SE was revoked", "An operator can reinstate it.", 600)
+    REJECTED = Refusal("ENROLL-015", 403, "The SE was rejected", "An operator can reinstate it.", 600)
+    QUARANTINED = Refusal("ENROLL-016", 403, "The SE is in quarantine", "See `appliance why SE` for its twin.", 600)
+    DELETED = Refusal("ENROLL-017", 410, "The SE was deleted", "Start the VM with fresh state to enroll anew.", 3600)
+    KEY_IN_USE = Refusal("ENROLL-018", 403, "The key already has another role", "Make a new key for this SE.")
+    RATE = Refusal("ENROLL-019", 429, "Too many requests", "Wait as told; the agent does so by itself.", 2)
+    TOO_LARGE = Refusal("ENROLL-020", 413, "The request is too large", "Use an agent of the controller's version.")
+    SE_UNKNOWN = Refusal(
+        "ENROLL-022",
+        404,
+        "The SE is not known",
+        "Enroll with an image key; a restored controller may need receipts.",
+        60,
+    )
+    UNAVAILABLE = Refusal("ENROLL-023", 503, "The controller can't store right now", "See `appliance doctor`.", 5)
+    NUMBERS = Refusal("ENROLL-024", 503, "There are no SE numbers left", "Start a second cluster.", 3600)
+    POLICY = Refusal("ENROLL-025", 403, "The image key's policy asks for more", "Add the token to the VM's seed.", 60)
+    SLOW = Refusal("ENROLL-026", 408, "The request took too long to arrive", "Check the path's packet loss.", 5)
+
+    def problem(self, *, detail: str = "", nonce: str = "") -> Problem:
+        """Returns the problem document of this refusal (RFC 9457)."""
+        return Problem(
+            type=f"/problems/{self.value.code}",
+            title=self.value.title,
+            status=self.value.status,
+            code=self.value.code,
+            detail=detail,
+            advice=self.value.advice,
+            nonce=nonce,
+            retry_after_s=self.value.retry_after_s,
+        )
+
+
+class SeStatus(enum.StrEnum):
+    """What the store says of an SE; its live state is derived (see `protocol.fleet`)."""
+
+    PENDING = "pending"
+    ENROLLED = "enrolled"
+    QUARANTINED = "quarantined"
+    REJECTED = "rejected"
+    REVOKED = "revoked"
+    DELETED = "deleted"
+
+
+class Known(NamedTuple):
+    """What the store knows of one SE, as far as the decision needs it."""
+
+    se_id: str
+    thumbprint: str
+    status: SeStatus
+    confirmed: bool
+    """Whether a hello of this SE was ever confirmed."""
+
+
+class Policy(enum.StrEnum):
+    """What an image key opens."""
+
+    OPEN = "open"
+    TOKEN = "token"  # noqa: S105 - the word, not a secret
+    APPROVE = "approve"
+    HOOK = "hook"
+
+
+class ImageKeyTerms(NamedTuple):
+    """An image key's terms at this moment. Times are seconds since 1970."""
+
+    policy: Policy
+    revoked: bool
+    expires_at: int
+    max_uses: int
+    uses: int
+    networks: tuple[str, ...] = ()
+    """CIDR; empty allows every source."""
+
+
+class Decision(enum.Enum):
+    """What to do with a well-signed request."""
+
+    GRANT_NEW = "grant a new SE"
+    GRANT_AGAIN = "send the same grant again"
+    PENDING = "wait for approval"
+    REFUSE = "refuse"
+
+
+class Verdict(NamedTuple):
+    """A decision, and why where it is a refusal."""
+
+    decision: Decision
+    refusal: Refusals | None = None
+
+
+def _refuse(refusal: Refusals) -> Verdict:
+    return Verdict(Decision.REFUSE, refusal)
+
+
+_BY_STATUS = {
+    SeStatus.REVOKED: Refusals.REVOKED,
+    SeStatus.REJECTED: Refusals.REJECTED,
+    SeStatus.QUARANTINED: Refusals.QUARANTINED,
+    SeStatus.DELETED: Refusals.DELETED,
+}
+
+
+def _allowed_source(source: str, networks: tuple[str, ...]) -> bool:
+    if not networks:
+        return True
+    try:
+        address: IPv4Address | IPv6Address = ip_address(source)
+    except (AddressValueError, ValueError):
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return any((mapped or address) in ip_network(network) for network in networks)
+
+
+def decide_unknown(terms: ImageKeyTerms, *, source: str, now: int) -> Verdict:
+    """Decides for an SE nobody has seen: the image key's terms, then its policy."""
+    if terms.revoked:
+        return _refuse(Refusals.IMAGE_KEY_REVOKED)
+    if now >= terms.expires_at:
+        return _refuse(Refusals.IMAGE_KEY_EXPIRED)
+    if terms.uses >= terms.max_uses:
+        return _refuse(Refusals.IMAGE_KEY_USED_UP)
+    if not _allowed_source(source, terms.networks):
+        return _refuse(Refusals.SOURCE)
+    if terms.policy is Policy.OPEN:
+        return Verdict(Decision.GRANT_NEW)
+    if terms.policy is Policy.APPROVE:
+        return Verdict(Decision.PENDING)
+    return _refuse(Refusals.POLICY)
+
+
+def decide(
+    se_id: str,
+    thumbprint: str,
+    *,
+    by_id: Known | None,
+    by_key: Known | None,
+    terms: ImageKeyTerms,
+    source: str,
+    now: int,
+) -> Verdict:
+    """The decision table of the module's docstring.
+
+    Args:
+        se_id: as the request claims.
+        thumbprint: SHA-256 fingerprint of the SE key, whose signature was verified.
+        by_id: what is known under `se_id`.
+        by_key: what is known under `thumbprint`.
+        terms: those of the image key whose signature was verified.
+        source: the peer's IP address as text.
+        now: the controller's time, seconds since 1970.
+    """
+    if by_key is not None and by_key.se_id != se_id:
+        return _refuse(Refusals.CLONED_KEY)
+    if by_id is None:
+        return decide_unknown(terms, source=source, now=now)
+    if by_id.status in _BY_STATUS:
+        return _refuse(_BY_STATUS[by_id.status])
+    if by_id.thumbprint != thumbprint:
+        return _refuse(Refusals.CONFLICT)
+    if by_id.status is SeStatus.PENDING:
+        return Verdict(Decision.PENDING)
+    if by_id.confirmed:
+        return _refuse(Refusals.SPENT)
+    return Verdict(Decision.GRANT_AGAIN)
+
+
+def decide_refresh(known: Known | None) -> Verdict:
+    """Decides for a refresh: the SE's key alone, no image key."""
+    if known is None:
+        return _refuse(Refusals.SE_UNKNOWN)
+    if known.status in _BY_STATUS:
+        return _refuse(_BY_STATUS[known.status])
+    if known.status is SeStatus.PENDING:
+        return Verdict(Decision.PENDING)
+    return Verdict(Decision.GRANT_AGAIN)
+
+
+def is_se_id(text: str) -> bool:
+    """Whether `text` is a random UUID (RFC 9562, version 4) in its one canonical form."""
+    return _SE_ID.fullmatch(text) is not None
+
+
+def is_attempt_id(text: str) -> bool:
+    """Whether `text` is a 64-bit attempt id in lower-case hex."""
+    return _ATTEMPT.fullmatch(text) is not None

@@ -1,0 +1,166 @@
+"""What the operator API says, on the controller's unix socket: shapes shared by `controller.operator` and `cli`.
+
+    GET  /v1/controller                      ControllerView
+    GET  /v1/status                          StatusView
+    GET  /v1/ses                             list[SeSummary]          (protocol.fleet)
+    GET  /v1/ses/{se}                        SeDetail                 {se}: number, name, se_id or address
+    POST /v1/ses/{se}/revoke|delete          SeDetail                 body: Reasoned
+    GET  /v1/why/{subject}                   Chain                    (protocol.why) SE, source address or attempt id
+    GET  /v1/image-keys                      list[ImageKeyView]
+    POST /v1/image-keys                      ImageKeyCreated          body: ImageKeyTermsWish
+    POST /v1/image-keys/{id}/revoke          ImageKeyRevoked          body: Reasoned
+    GET  /v1/events?after=N&wait_s=S         list[Event]              held open up to S seconds where there is none yet
+    GET  /v1/audit?after=N&limit=M           list[AuditEntry]
+    GET  /v1/audit/verify                    AuditVerdict
+    GET  /v1/ses/{se}/telemetry?since=T      list[Sample]             (protocol.telemetry) recent history, oldest first
+    POST /v1/drain                           Drained                  stop admitting, used by mode set and stop
+    GET  /v1/openapi.json                    OpenAPI 3.1
+
+Errors are problem documents (protocol.problem). Times are seconds since 1970.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from appliance.protocol.enroll import InstanceFacts, Policy
+from appliance.protocol.fleet import SeSummary
+from appliance.protocol.seed import Bundle
+
+
+class Reasoned(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Why an operator did it; goes into the audit."""
+
+    reason: str = ""
+
+
+class ControllerView(msgspec.Struct, kw_only=True):
+    """This controller."""
+
+    cluster_id: str
+    node: int
+    epoch: int
+    version: str
+    root_fingerprint: str
+    root_expires_at: int
+    node_certificate_expires_at: int
+    trust_version: int
+    addresses: list[str]
+    enroll_port: int
+    ssh_port: int
+    reverse_port: int
+    metrics_port: int
+    pid: int
+    started_at: float
+
+
+class StatusView(msgspec.Struct, kw_only=True):
+    """The fleet in one look."""
+
+    controller: ControllerView
+    states: dict[str, int]
+    """State name to number of SEs."""
+    links: int
+    heartbeat_interval_s: float
+    enrolled: int
+    refusals: dict[str, int]
+    """Refusal code to count since start."""
+    problems: list[str]
+    """What an operator should look at, one sentence each; empty where all is well."""
+
+
+class SeDetail(msgspec.Struct, kw_only=True):
+    """One SE, whole."""
+
+    summary: SeSummary
+    status: str
+    thumbprint: str
+    se_key: str
+    host_keys: list[str]
+    facts: InstanceFacts
+    confirmed_at: float
+    last_heartbeat_at: float
+    drift: list[str]
+    """Changed self-asserted facts, one sentence each."""
+    alarms: list[str]
+
+
+class ImageKeyTermsWish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Terms of a new image key."""
+
+    policy: Policy = Policy.OPEN
+    expires_in_s: int = 30 * 86400
+    max_uses: int = 500
+    networks: list[str] = []
+    note: str = ""
+
+
+class ImageKeyView(msgspec.Struct, kw_only=True):
+    """An image key as stored; the private half is never kept."""
+
+    image_key_id: str
+    policy: Policy
+    created_at: int
+    expires_at: int
+    max_uses: int
+    uses: int
+    networks: list[str]
+    note: str
+    status: str
+    """`active`, `expired`, `used-up` or `revoked`."""
+
+
+class ImageKeyCreated(msgspec.Struct, kw_only=True):
+    """The one time that the private half is seen, inside its bundle."""
+
+    key: ImageKeyView
+    bundle: Bundle
+
+
+class ImageKeyRevoked(msgspec.Struct, kw_only=True):
+    """A revoked key and who came by it."""
+
+    key: ImageKeyView
+    ses: list[SeSummary]
+
+
+class Event(msgspec.Struct, kw_only=True):
+    """Something an operator may want to know; ids grow by one."""
+
+    id: int
+    time: float
+    stage: str
+    kind: str
+    """Dotted name, for example `se.state`, `se.clone`, `enroll.granted`, `enroll.refused`."""
+    subject: str
+    text: str
+
+
+class AuditEntry(msgspec.Struct, kw_only=True, frozen=True):
+    """One entry of a node's chain; `hash` is SHA-256 over the entry without `hash`, `previous` the hash before it."""
+
+    sequence: int
+    time: float
+    node: int
+    epoch: int
+    actor: str
+    action: str
+    subject: str
+    detail: str
+    previous: str
+    hash: str = ""
+
+
+class AuditVerdict(msgspec.Struct, kw_only=True):
+    """Result of checking a chain."""
+
+    entries: int
+    intact: bool
+    text: str
+    head: str
+
+
+class Drained(msgspec.Struct, kw_only=True):
+    """Links that were open when draining began."""
+
+    links: int

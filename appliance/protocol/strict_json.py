@@ -1,0 +1,109 @@
+"""Strict decoding of foreign JSON: one name once, no unknown field, bounded size and depth, no lone surrogate or NUL.
+
+`msgspec` checks types and unknown fields but keeps the last of two equal names and accepts any depth the C stack
+holds; signatures over documents that two parsers read differently are worth nothing, so both are refused here
+(RFC 8259 section 4 leaves duplicate names to the implementation; RFC 7493 (I-JSON) section 2.3 forbids them).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, TypeVar
+
+import msgspec
+
+from appliance.errors import ApplianceError
+
+T = TypeVar("T")
+
+MAX_DEPTH = 16
+"""Levels of nesting; the deepest of our own documents has six."""
+
+
+class MalformedError(ApplianceError):
+    """The bytes are not a document of the expected kind."""
+
+    code = "PROTOCOL-001"
+    exit_code = 6
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise MalformedError(f"the name {name!r} stands twice in one object", hint="write each name once")
+        found[name] = value
+    return found
+
+
+def _refuse_constant(name: str) -> Any:
+    raise MalformedError(f"{name} is no JSON number")
+
+
+def _depth(text: str) -> int:
+    deepest = level = 0
+    in_string = escaped = False
+    for char in text:
+        if in_string:
+            if escaped:
+                escaped = False
+            elif char == "\\":
+                escaped = True
+            elif char == '"':
+                in_string = False
+        elif char == '"':
+            in_string = True
+        elif char in "[{":
+            level += 1
+            deepest = max(deepest, level)
+        elif char in "]}":
+            level -= 1
+    return deepest
+
+
+def _check_strings(value: Any) -> None:
+    if isinstance(value, str):
+        if any(char == "\0" or "\ud800" <= char <= "\udfff" for char in value):
+            raise MalformedError("a string holds a NUL or a lone surrogate")
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            _check_strings(name)
+            _check_strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _check_strings(inner)
+
+
+def decode(raw: bytes, kind: type[T], *, max_bytes: int) -> T:
+    """Decodes `raw` as one `kind`.
+
+    Args:
+        raw: UTF-8 JSON text.
+        kind: a msgspec struct declared with `forbid_unknown_fields=True`.
+        max_bytes: the most that is looked at.
+
+    Raises:
+        MalformedError: too long, not UTF-8, not JSON, nested too deeply, a name twice, a wrong or unknown field.
+    """
+    if len(raw) > max_bytes:
+        raise MalformedError(f"document of {len(raw)} bytes, at most {max_bytes} are accepted")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise MalformedError(f"not UTF-8 at byte {error.start}") from None
+    if _depth(text) > MAX_DEPTH:
+        raise MalformedError(f"nested deeper than {MAX_DEPTH} levels")
+    try:
+        value = json.loads(text, object_pairs_hook=_pairs, parse_constant=_refuse_constant)
+    except ValueError as error:
+        raise MalformedError(f"not JSON: {error}") from None
+    _check_strings(value)
+    try:
+        return msgspec.convert(value, kind, strict=True)
+    except msgspec.ValidationError as error:
+        raise MalformedError(f"not a {kind.__name__}: {error}") from None
+
+
+def encode(value: Any) -> bytes:
+    """Encodes a struct as UTF-8 JSON with sorted object keys, so equal values are equal bytes."""
+    return msgspec.json.encode(value, order="sorted")

@@ -1,0 +1,258 @@
+"""Stage tunnel: the link's life, what is said over it, and the rules of the watchdog and of take-over.
+
+The channel API is HTTP/1.1 on `direct-tcpip` channels to `channel:80`, served inside the gateway; the link is the
+identity:
+
+    POST /v1/hello       Hello -> HelloAnswer (a link ticket, stored durably by the SE before it confirms)
+    POST /v1/confirm     Confirm -> ConfirmAnswer
+    POST /v1/heartbeat   Heartbeat -> HeartbeatAnswer
+
+A link's life on the SE (`advance`):
+
+    IDLE      --dial-->       DIALING
+    DIALING   --authenticated--> GREETING   (TCP, key exchange, user authentication)
+    GREETING  --confirmed-->  LINKED        (hello, ticket stored, confirm)
+    LINKED    --answered-->   UP            (first heartbeat answered)
+    UP        --answered-->   UP
+    GREETING  --quarantined--> QUARANTINED  (may ping, nothing else)
+    any but IDLE --lost-->    IDLE
+
+Whoever comes with an SE's key while an older link is there is judged by its ticket (`judge_newcomer`), see DESIGN
+section 8.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+import msgspec
+
+from appliance.errors import StateMachineError
+from appliance.protocol.enroll import InstanceFacts
+from appliance.protocol.trust import Envelope
+
+PROTOCOL_NUMBER = 1
+OLDEST_PROTOCOL_NUMBER = 1
+
+CHANNEL_HOST = "channel"
+CHANNEL_PORT = 80
+"""Destination of the `direct-tcpip` channel that carries the channel API."""
+
+HELLO_PATH = "/v1/hello"
+CONFIRM_PATH = "/v1/confirm"
+HEARTBEAT_PATH = "/v1/heartbeat"
+
+MAX_BODY_BYTES = 256 * 1024
+MAX_HEADER_BYTES = 4 * 1024
+
+KEX = ("mlkem768x25519-sha256",)
+KEX_FALLBACK = ("curve25519-sha256", "curve25519-sha256@libssh.org")
+CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "chacha20-poly1305@openssh.com")
+
+DEADLINE_S = 2.0
+"""How long an answer to a ping may take."""
+LARGE_FLEET = 2000
+"""SEs above which the heartbeat interval doubles."""
+STEADY_AFTER_S = 30.0
+"""A link that lived this long resets the back-off."""
+
+
+class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """First request on a link."""
+
+    protocol: int
+    agent_version: str
+    facts: InstanceFacts
+    ticket: str
+    """The last link ticket the SE confirmed for this node, or "" where it has none."""
+    trust_version: int
+    time: float
+    """The SE's wall clock, seconds since 1970."""
+    host_keys: list[str]
+    links: int = 0
+    """How many links this process made before this one: tells a restart from a reconnect."""
+
+
+class HelloAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Answer to hello."""
+
+    protocol: int
+    ticket: str
+    quarantined: bool
+    reason: str
+    heartbeat_interval_s: float
+    time: float
+    node: int
+    reverse_address: str
+    reverse_port: int
+    trust: Envelope | None = None
+    """Only where the SE's is older."""
+
+
+class Confirm(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The SE stored `ticket` durably."""
+
+    ticket: str
+
+
+class ConfirmAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`spent`: the controller has stored durably that this SE's image key is used up; the SE may destroy its copy."""
+
+    spent: bool
+
+
+class Heartbeat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """Ping, and every n-th time telemetry."""
+
+    sequence: int
+    time: float
+    rtt_s: float = 0.0
+    """Round trip of the heartbeat before this one; 0 where there is none yet."""
+    telemetry: list[str] = []
+    """Encoded samples (see `protocol.telemetry`), oldest first."""
+    spool_bytes: int = 0
+    spool_dropped: int = 0
+    trust_version: int = 0
+
+
+class HeartbeatAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """Pong. `accepted` samples of this request are kept by the controller and may leave the spool."""
+
+    sequence: int
+    interval_s: float
+    accepted: int = 0
+    trust: Envelope | None = None
+
+
+class LinkState(enum.StrEnum):
+    """Where a link is."""
+
+    IDLE = "idle"
+    DIALING = "dialing"
+    GREETING = "greeting"
+    LINKED = "linked"
+    UP = "up"
+    QUARANTINED = "quarantined"
+
+
+class LinkEvent(enum.StrEnum):
+    """What happens to a link."""
+
+    DIAL = "dial"
+    AUTHENTICATED = "authenticated"
+    CONFIRMED = "confirmed"
+    ANSWERED = "answered"
+    QUARANTINED = "quarantined"
+    LOST = "lost"
+
+
+_MOVES = {
+    (LinkState.IDLE, LinkEvent.DIAL): LinkState.DIALING,
+    (LinkState.DIALING, LinkEvent.AUTHENTICATED): LinkState.GREETING,
+    (LinkState.GREETING, LinkEvent.CONFIRMED): LinkState.LINKED,
+    (LinkState.GREETING, LinkEvent.QUARANTINED): LinkState.QUARANTINED,
+    (LinkState.LINKED, LinkEvent.ANSWERED): LinkState.UP,
+    (LinkState.UP, LinkEvent.ANSWERED): LinkState.UP,
+    (LinkState.QUARANTINED, LinkEvent.ANSWERED): LinkState.QUARANTINED,
+    (LinkState.DIALING, LinkEvent.LOST): LinkState.IDLE,
+    (LinkState.GREETING, LinkEvent.LOST): LinkState.IDLE,
+    (LinkState.LINKED, LinkEvent.LOST): LinkState.IDLE,
+    (LinkState.UP, LinkEvent.LOST): LinkState.IDLE,
+    (LinkState.QUARANTINED, LinkEvent.LOST): LinkState.IDLE,
+}
+
+
+def advance(state: LinkState, event: LinkEvent) -> LinkState:
+    """Returns the state after `event`. Raises `StateMachineError` for a move that isn't in the table."""
+    try:
+        return _MOVES[state, event]
+    except KeyError:
+        raise StateMachineError(f"link: {event.value!r} can't happen in state {state.value!r}") from None
+
+
+class Newcomer(enum.Enum):
+    """What happens to a link that comes with an SE's key."""
+
+    ADMIT = "admit"
+    TAKE_OVER = "take over, close the older link"
+    ROLLED_BACK = "admit, the SE came back with an older ticket"
+    QUARANTINE = "quarantine, a clone"
+
+
+class Tickets(NamedTuple):
+    """The tickets of one SE at one node."""
+
+    current: str = ""
+    pending: str = ""
+    """Handed out in the last hello, not confirmed yet: as good as current, for the SE may have stored it."""
+    superseded: str = ""
+    """The ticket that was current before the SE came back with an older one: whoever shows it is the original's
+    twin."""
+
+
+def is_current(tickets: Tickets, ticket: str) -> bool:
+    """Whether `ticket` proves the newest state of this SE. Where none was ever confirmed, none is expected."""
+    if not tickets.current:
+        return ticket in {"", tickets.pending}
+    return ticket in {tickets.current, tickets.pending} and ticket != ""
+
+
+def judge_newcomer(tickets: Tickets, ticket: str, *, older_link_answers: bool) -> Newcomer:
+    """The take-over table (DESIGN section 8).
+
+    Args:
+        tickets: what the controller knows.
+        ticket: what the newcomer shows.
+        older_link_answers: whether a link of the same SE exists and answered a ping within `DEADLINE_S`; looked at only
+            where the ticket isn't current.
+    """
+    if tickets.superseded and ticket == tickets.superseded:
+        return Newcomer.QUARANTINE
+    if is_current(tickets, ticket):
+        return Newcomer.TAKE_OVER
+    return Newcomer.QUARANTINE if older_link_answers else Newcomer.ROLLED_BACK
+
+
+def heartbeat_interval(fleet_size: int, base_s: float) -> float:
+    """The interval that hello hands out: `base_s` up to LARGE_FLEET SEs, twice that above."""
+    return base_s if fleet_size <= LARGE_FLEET else base_s * 2
+
+
+class Watchdog:
+    """Decides when to ping and when a peer is dead. Times are monotonic seconds, given by the caller.
+
+    A ping goes out `interval_s` after the last one; without an answer or any other byte from the peer within
+    `deadline_s` a second goes out at once, and after another `deadline_s` the peer is dead: at the latest
+    `interval_s + 2 * deadline_s` after it froze.
+    """
+
+    def __init__(self, *, interval_s: float, deadline_s: float = DEADLINE_S, now: float) -> None:
+        self.interval_s = interval_s
+        self.deadline_s = deadline_s
+        self._alive_at = now
+        self._pinged_at = now - interval_s
+        self._open = 0
+
+    def pinged(self, now: float) -> None:
+        """A ping went out."""
+        self._pinged_at = now
+        self._open += 1
+
+    def alive(self, at: float) -> None:
+        """A byte from the peer arrived at `at`; an older news than one already known is ignored."""
+        self._alive_at = max(self._alive_at, at)
+        if self._alive_at >= self._pinged_at:
+            self._open = 0
+
+    def next_at(self) -> float:
+        """When to look again."""
+        return self._pinged_at + (self.deadline_s if self._open else self.interval_s)
+
+    def should_ping(self, now: float) -> bool:
+        """Whether a ping is due: the interval is over, or the first ping's deadline is."""
+        return self._open < 2 and now >= self.next_at()
+
+    def is_dead(self, now: float) -> bool:
+        """Whether two pings in a row went without any sign of life."""
+        return self._open >= 2 and now >= self.next_at()

@@ -1,0 +1,1 @@
+"""The service engine: threads, and the only home of paramiko."""

@@ -1,0 +1,1 @@
+"""WHAT survives a power cut: atomic files, versioned documents, bounded spool, lock."""

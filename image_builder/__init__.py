@@ -1,0 +1,1 @@
+"""Bakes the images and seeds that service engines start from."""

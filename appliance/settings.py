@@ -1,0 +1,367 @@
+"""This process's local settings: defaults < file < environment < command line, checked as a whole.
+
+The structs below are the reference: each field is a key of `settings.toml`, its default is the default, its
+annotation the allowed range, its name ends in its unit. `load` reports *all* problems of all sources in one
+`SettingsError`, each with its position; unknown keys are refused with the nearest known one. A syntax error doesn't
+hide what follows it: the line is reported, left out, and the rest is read.
+
+The environment's names are `APPLIANCE_<SECTION>_<KEY>`, the command line's `section.key=value`. Lists are written
+with commas there, tables as `name=value,name=value`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import itertools
+import re
+import tomllib
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from appliance.errors import SettingsError, UsageError
+from appliance.paths import Paths
+from appliance.protocol.address import parse_endpoint
+
+Port = Annotated[int, Meta(ge=0, le=65535)]
+"""0 asks the system for a free port (lab)."""
+Seconds = Annotated[float, Meta(ge=0.01, le=86400)]
+Rate = Annotated[float, Meta(gt=0, le=1e6)]
+Count = Annotated[int, Meta(ge=1, le=1_000_000)]
+UserName = Annotated[str, Meta(pattern=r"^[a-z_][a-z0-9_-]{0,31}\Z")]
+
+
+class Log(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[log]`."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Users(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[users]`: SSH identities of SEs and of controller nodes."""
+
+    se: UserName = "aviseuser"
+    controller: UserName = "avictlruser"
+
+
+class Controller(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[controller]`."""
+
+    enroll_listen: str = "0.0.0.0:8443"
+    ssh_listen: str = "0.0.0.0:22"
+    reverse_port: Port = 5097
+    metrics_listen: str = "127.0.0.1:9101"
+    """Loopback only: the figures are read without a password."""
+    reverse_users: tuple[UserName, ...] = ("root",)
+    """Local users who may connect to SEs over the reverse path."""
+    heartbeat_interval_s: Annotated[float, Meta(ge=0.1, le=300)] = 5.0
+    allow_curve25519: bool = False
+    """Offers a key exchange without post-quantum protection beside mlkem768x25519-sha256."""
+    enroll_rate_per_s: Rate = 200.0
+    enroll_burst: Count = 1000
+    source_rate_per_s: Rate = 100.0
+    source_burst: Count = 1000
+    max_unauthenticated: Count = 2000
+    max_unauthenticated_per_source: Count = 1000
+    handshake_timeout_s: Seconds = 10.0
+    header_timeout_s: Seconds = 5.0
+    body_timeout_s: Seconds = 10.0
+    login_timeout_s: Seconds = 20.0
+    max_channels_per_link: Count = 64
+    max_links: Count = 20000
+    disk_reserve_bytes: Annotated[int, Meta(ge=0)] = 64 * 1024 * 1024
+    """Below this much free space enrollments are refused, so that what was granted can still be stored."""
+    telemetry_history_s: Annotated[float, Meta(ge=0, le=7 * 86400)] = 3600.0
+
+
+class Se(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[se]`."""
+
+    seed: str = ""
+    """Path of a seed directory or ISO image; empty searches the usual places."""
+    sshd_host: str = "127.0.0.1"
+    sshd_port: Annotated[int, Meta(ge=1, le=65535)] = 22
+    """Where the reverse path ends: this SE's own sshd."""
+    telemetry_interval_s: Seconds = 10.0
+    spool_max_bytes: Annotated[int, Meta(ge=64 * 1024, le=1 << 32)] = 8 * 1024 * 1024
+    redial_first_s: Seconds = 0.5
+    redial_most_s: Seconds = 30.0
+    refresh_after_s: Seconds = 60.0
+    """How long no link may come up before the SE asks for its grant again."""
+    connect_timeout_s: Seconds = 10.0
+    max_links: Annotated[int, Meta(ge=1, le=16)] = 3
+    allow_curve25519: bool = False
+    forwards: dict[str, str] = {}
+    """Loopback listeners `127.0.0.1:port` by the name of the controller service they lead to."""
+
+
+class Clock(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`[clock]`: for laboratories; an appliance leaves it alone."""
+
+    offset_s: Annotated[float, Meta(ge=-1e10, le=1e10)] = 0.0
+    synchronised: Literal["auto", "yes", "no"] = "auto"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All sections."""
+
+    log: Log = Log()
+    users: Users = Users()
+    controller: Controller = Controller()
+    se: Se = Se()
+    clock: Clock = Clock()
+
+
+class _Given(NamedTuple):
+    """One value and where it came from."""
+
+    where: str
+    value: object
+    is_text: bool
+    """From the environment or the command line: written as text, whatever its type."""
+
+
+_Key = tuple[str, str]
+_MAX_SYNTAX_ERRORS = 20
+_SECTIONS: dict[str, type[msgspec.Struct]] = {
+    field.name: type(field.default) for field in msgspec.structs.fields(Settings)
+}
+_TYPES: dict[_Key, Any] = {
+    (section, field.name): field.type for section, kind in _SECTIONS.items() for field in msgspec.structs.fields(kind)
+}
+
+
+def load(paths: Paths, *, environ: Mapping[str, str], overrides: Mapping[str, str]) -> Settings:
+    """Returns the settings of the instance at `paths`.
+
+    Args:
+        paths: names the settings file; a missing one means defaults.
+        environ: the environment, whole; only names of a known section are looked at.
+        overrides: `section.key` to value, from the command line.
+
+    Raises:
+        SettingsError: naming every problem with its position.
+    """
+    problems: list[str] = []
+    given: dict[_Key, _Given] = {}
+    values: dict[str, dict[str, Any]] = {section: {} for section in _SECTIONS}
+    sources = (_from_file(paths, problems), _from_environment(environ, problems), _from_overrides(overrides, problems))
+    for (section, name), entry in itertools.chain.from_iterable(sources):
+        given[section, name] = entry
+        try:
+            values[section][name] = _value(section, name, entry)
+        except (msgspec.ValidationError, UsageError) as error:
+            problems.append(f"{entry.where}: {section}.{name} = {entry.value!r}: {_reason(error)}")
+    if not problems:
+        settings = msgspec.convert(values, Settings)
+        problems = [
+            f"{given[key].where if key in given else 'default'}: {key[0]}.{key[1]}: {text}"
+            for key, text in _contradictions(settings)
+        ]
+        if not problems:
+            return settings
+    count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
+    raise SettingsError(
+        f"{count} in the settings:\n" + "\n".join(f"  {problem}" for problem in problems),
+        hint="correct each line named; nothing was started or changed",
+    )
+
+
+# --- sources -----------------------------------------------------------------------------------------------------
+
+
+def _from_file(paths: Paths, problems: list[str]) -> Iterator[tuple[_Key, _Given]]:
+    file = paths.settings_file
+    try:
+        text = file.read_text("utf-8")
+    except FileNotFoundError:
+        return
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"{file}: can't be read: {error}")
+        return
+    lines = text.splitlines()
+    document = _parse(lines, file=str(file), problems=problems)
+    positions = _positions(lines)
+    for section, table in document.items():
+        if section.startswith(_BROKEN):
+            continue
+        where = f"{file}:{positions.get((section, ''), 1)}"
+        if section not in _SECTIONS:
+            problems.append(f"{where}: unknown section [{section}]{_nearest(section, _SECTIONS)}")
+        elif not isinstance(table, dict):
+            problems.append(f"{where}: {section!r} is a section, write [{section}]")
+        else:
+            for name, value in table.items():
+                where = f"{file}:{positions.get((section, name), positions.get((section, ''), 1))}"
+                if (section, name) in _TYPES:
+                    yield (section, name), _Given(where, value, is_text=False)
+                else:
+                    problems.append(f"{where}: unknown key {section}.{name}{_nearest_key(section, name)}")
+
+
+def _from_environment(environ: Mapping[str, str], problems: list[str]) -> Iterator[tuple[_Key, _Given]]:
+    for variable in sorted(environ):
+        prefix, _, rest = variable.partition("_")
+        section, _, name = rest.lower().partition("_")
+        if prefix != "APPLIANCE" or section not in _SECTIONS or not name:
+            continue
+        where = f"environment {variable}"
+        if (section, name) in _TYPES:
+            yield (section, name), _Given(where, environ[variable], is_text=True)
+        else:
+            problems.append(f"{where}: unknown key {section}.{name}{_nearest_key(section, name)}")
+
+
+def _from_overrides(overrides: Mapping[str, str], problems: list[str]) -> Iterator[tuple[_Key, _Given]]:
+    for dotted, value in overrides.items():
+        section, _, name = dotted.partition(".")
+        where = f"--set {dotted}"
+        if section not in _SECTIONS:
+            problems.append(f"{where}: unknown section {section!r}{_nearest(section, _SECTIONS)}")
+        elif (section, name) not in _TYPES:
+            problems.append(f"{where}: unknown key {section}.{name}{_nearest_key(section, name)}")
+        else:
+            yield (section, name), _Given(where, value, is_text=True)
+
+
+def _nearest(word: str, known: Mapping[str, object] | list[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+
+
+def _nearest_key(section: str, name: str) -> str:
+    own = [key for known, key in _TYPES if known == section]
+    if not difflib.get_close_matches(name, own, n=1):
+        for known, key in _TYPES:
+            if key == name:
+                return f"; did you mean {known}.{key}?"
+    return _nearest(name, own)
+
+
+# --- TOML with positions -----------------------------------------------------------------------------------------
+
+_BROKEN = "\0"
+_HEADER = re.compile(r"\s*\[\s*([^\[\]]+?)\s*\]\s*(?:#.*)?$")
+_PAIR = re.compile(r"""\s*([A-Za-z0-9_."'\s-]+?)\s*=""")
+_AT_LINE = re.compile(r"\(at line (\d+), column \d+\)")
+
+
+def _parse(lines: list[str], *, file: str, problems: list[str]) -> dict[str, Any]:
+    """Parses TOML; a line that doesn't parse is reported, taken out, and the rest is read all the same."""
+    rest = list(lines)
+    for _ in range(_MAX_SYNTAX_ERRORS):
+        try:
+            return tomllib.loads("\n".join(rest) + "\n")
+        except tomllib.TOMLDecodeError as error:
+            match = _AT_LINE.search(str(error))
+            if match is None:
+                problems.append(f"{file}:{len(lines)}: {error}")
+                return {}
+            number = min(int(match[1]), len(rest))
+            reason = str(error)[: match.start()].strip()
+            problems.append(f"{file}:{number}: {reason}: {lines[number - 1].strip()!r}")
+            if not rest[number - 1].strip():
+                return {}  # the same place again, or a construct over several lines: no way to go on
+            # Keys below a broken header must not fall into the section above it.
+            broken = rest[number - 1].lstrip().startswith("[")
+            rest[number - 1] = f'["\\u0000{number}"]' if broken else ""
+    return {}
+
+
+def _positions(lines: list[str]) -> dict[_Key, int]:
+    """Line numbers of sections (key "") and of their keys, the first of each."""
+    found: dict[_Key, int] = {}
+    header: list[str] = []
+    for number, line in enumerate(lines, 1):
+        if match := _HEADER.match(line):
+            header = path = _split(match[1])
+        elif match := _PAIR.match(line):
+            path = header + _split(match[1])
+        else:
+            continue
+        found.setdefault((path[0], ""), number)
+        if len(path) > 1:
+            found.setdefault((path[0], path[1]), number)
+    return found
+
+
+def _split(dotted: str) -> list[str]:
+    return [part.strip().strip("\"'") for part in dotted.split(".")]
+
+
+# --- values ------------------------------------------------------------------------------------------------------
+
+
+def _value(section: str, name: str, entry: _Given) -> Any:
+    """Returns the checked value. Raises `msgspec.ValidationError` or `UsageError` with the reason."""
+    kind = _TYPES[section, name]
+    value = entry.value
+    if isinstance(value, str) and entry.is_text:
+        if name == "forwards":
+            value = dict(_pair(part) for part in value.split(",") if part.strip())
+        elif name == "reverse_users":
+            value = [part.strip() for part in value.split(",") if part.strip()]
+    if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
+        raise UsageError(f"expected one of {', '.join(typing.get_args(kind))}")
+    converted = msgspec.convert(value, kind, strict=not entry.is_text)
+    check = _CHECKS.get((section, name))
+    if check is not None:
+        check(converted)
+    return converted
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise UsageError("expected name=127.0.0.1:port, parted by commas")
+    return name.strip(), value.strip()
+
+
+def _reason(error: msgspec.ValidationError | UsageError) -> str:
+    text = str(error).partition(" - at `")[0]
+    return text[:1].lower() + text[1:].replace("`", "")
+
+
+def _check_endpoint(value: str) -> None:
+    parse_endpoint(value, default_port=0)
+    if ":" not in value.rpartition("]")[2]:
+        raise UsageError("expected host:port")
+
+
+def _check_loopback(value: str) -> None:
+    _check_endpoint(value)
+    host, _ = parse_endpoint(value, default_port=0)
+    try:
+        is_loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_loopback = False
+    if not is_loopback:
+        raise UsageError("expected a loopback address, for example 127.0.0.1:9101")
+
+
+def _check_forwards(value: dict[str, str]) -> None:
+    for name, listen in value.items():
+        # Whoever may open a loopback port must not speak to the controller in this SE's name.
+        if name == "channel":
+            raise UsageError("the channel API is never reachable through a port")
+        _check_loopback(listen)
+
+
+_CHECKS: dict[_Key, Callable[[Any], None]] = {
+    ("controller", "enroll_listen"): _check_endpoint,
+    ("controller", "ssh_listen"): _check_endpoint,
+    ("controller", "metrics_listen"): _check_loopback,
+    ("se", "forwards"): _check_forwards,
+}
+
+
+def _contradictions(settings: Settings) -> Iterator[tuple[_Key, str]]:
+    """Yields what each value allows but not all of them together."""
+    if settings.se.redial_first_s > settings.se.redial_most_s:
+        yield ("se", "redial_first_s"), f"is above se.redial_most_s ({settings.se.redial_most_s:g})"
+    if settings.users.se == settings.users.controller:
+        yield ("users", "se"), f"is the same as users.controller ({settings.users.controller!r})"

@@ -1,0 +1,148 @@
+"""What happened to whom before an SE was known: the memory behind `why SOURCE` and `why ATTEMPT`.
+
+A *track* is one series of attempts, by source address and attempt id ("" until the caller has said one), and holds
+the newest word on each step. Nothing here was authenticated, and anybody may come with new addresses and ids, so all
+of it is bounded: `MAX_TRACKS` in all (out goes the oldest of the source that was quiet longest), `MAX_PER_SOURCE` for
+one address (out goes its oldest: a flood from one address costs nobody else's tracks), and clipped texts.
+
+A source stands for many SEs where they share a NAT. `chain(source)` then tells of the track that fails, since that is
+why somebody asks; the attempt id, which the SE prints on its console, tells them apart.
+
+Pure: no clock, no I/O. One loop only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+
+from appliance.protocol.why import Link, Step, StepResult
+
+MAX_TRACKS = 4096
+MAX_PER_SOURCE = 1024
+"""A thousand VMs behind one address are a normal day."""
+MAX_TEXT = 120
+"""Characters kept of a text or id, a third of it where it isn't ASCII: such characters take up to four bytes."""
+
+_STEPS = tuple(Step)
+_SE_ONLY = frozenset({Step.BOOT, Step.STORED})
+"""Steps that no packet shows the controller."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Track:
+    attempt_id: str
+    se_id: str = ""
+    at: float = 0.0
+    links: dict[Step, Link] = dataclasses.field(default_factory=dict)
+
+    @property
+    def fails(self) -> bool:
+        return any(link.result is StepResult.FAILED for link in self.links.values())
+
+
+class Attempts:
+    """Bounded record of attempts. `at` is wall time, seconds since 1970; sources are IP addresses as text."""
+
+    def __init__(self, *, max_tracks: int = MAX_TRACKS, max_per_source: int = MAX_PER_SOURCE) -> None:
+        self._max_tracks = max_tracks
+        self._max_per_source = max_per_source
+        self._sources: OrderedDict[str, OrderedDict[str, _Track]] = OrderedDict()
+        """Source to its tracks by attempt id; both quietest first."""
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def note(
+        self,
+        source: str,
+        step: Step,
+        result: StepResult,
+        *,
+        at: float,
+        attempt_id: str = "",
+        se_id: str = "",
+        code: str = "",
+        text: str = "",
+        hint: str = "",
+    ) -> None:
+        """Keeps the newest word on `step` of the track (`source`, `attempt_id`).
+
+        Args:
+            source: the peer's address, without port.
+            step: which step of the causal chain.
+            result: how it went.
+            at: when, seconds since 1970.
+            attempt_id: as the peer says; `protocol.enroll.is_attempt_id` is the caller's to check.
+            se_id: as far as known, for `chain(se_id)`.
+            code: of the error, "" where there is none.
+            text: what happened; may quote the peer, and is clipped.
+            hint: what to do next; one of our own texts, never a quotation.
+        """
+        source, attempt_id = _clip(_plain(source)), _clip(attempt_id)
+        tracks = self._sources.setdefault(source, OrderedDict())
+        track = tracks.get(attempt_id)
+        if track is None:
+            track = tracks[attempt_id] = _Track(attempt_id)
+            self._count += 1
+        track.at = at
+        track.se_id = _clip(se_id) or track.se_id
+        track.links[step] = Link(step=step, result=result, at=at, text=_clip(text), code=_clip(code), hint=hint)
+        tracks.move_to_end(attempt_id)
+        self._sources.move_to_end(source)
+        if len(tracks) > self._max_per_source:
+            tracks.popitem(last=False)
+            self._count -= 1
+        elif self._count > self._max_tracks:
+            self._forget_quietest()
+
+    def _forget_quietest(self) -> None:
+        source, tracks = next(iter(self._sources.items()))
+        tracks.popitem(last=False)
+        self._count -= 1
+        if not tracks:
+            del self._sources[source]
+
+    def chain(self, subject: str) -> list[Link] | None:
+        """Returns all steps of an attempt id, source address or se_id in their order, or None where it isn't known.
+
+        Steps nobody noted are WAITING behind the last noted one, and UNSEEN before it or where only the SE can know.
+        """
+        track = self._find(subject)
+        if track is None:
+            return None
+        last = max(_STEPS.index(step) for step in track.links)
+        chain = []
+        for index, step in enumerate(_STEPS):
+            unseen = index < last or step in _SE_ONLY
+            blank = Link(step=step, result=StepResult.UNSEEN if unseen else StepResult.WAITING)
+            chain.append(track.links.get(step, blank))
+        return chain
+
+    def _find(self, subject: str) -> _Track | None:
+        tracks = self._sources.get(_plain(subject))
+        if tracks is not None:
+            newest = next(reversed(tracks.values()))
+            # a failure before the peer said its attempt id counts only while nothing newer came from its address
+            failing = (
+                track for track in reversed(tracks.values()) if track.fails and (track.attempt_id or track is newest)
+            )
+            return next(failing, newest)
+        named = (
+            track
+            for tracks in self._sources.values()
+            for track in tracks.values()
+            if subject and subject in (track.attempt_id, track.se_id)
+        )
+        return max(named, key=lambda track: track.at, default=None)
+
+
+def _plain(address: str) -> str:
+    """IPv4 as a dual-stack socket shows it (RFC 4291 section 2.5.5.2) becomes what an operator would type."""
+    mapped = address.lower().removeprefix("::ffff:")
+    return mapped if "." in mapped else address
+
+
+def _clip(text: str) -> str:
+    return text[: MAX_TEXT if text.isascii() else MAX_TEXT // 3]

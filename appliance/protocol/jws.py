@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
@@ -23,7 +23,7 @@ MAX_HEADER_BYTES = 512
 
 _KID = re.compile(r"[A-Za-z0-9+/=:_-]{1,100}")
 
-ALGORITHM = "Ed25519"
+ALGORITHM: Final = "Ed25519"
 
 
 class Header(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

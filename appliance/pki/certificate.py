@@ -1,0 +1,127 @@
+"""Reads certificates: what a certificate of this product says, and nothing that isn't in it.
+
+The cluster and the node stand in a URI name: `appliance://<cluster-id>` on a root, `appliance://<cluster-id>/node/<n>`
+on a node. Whether a certificate is signed by anybody is not decided here (`pki.tls`).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import hashlib
+import re
+from typing import Final, NamedTuple
+
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
+from cryptography.x509.oid import ExtendedKeyUsageOID
+
+from appliance.errors import TrustError
+
+URI_SCHEME: Final = "appliance://"
+CLUSTER_ID: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,53}")
+"""Lower case, since a URI's host has no case; at most 54 characters, since a common name holds 64."""
+
+_URI: Final = re.compile(rf"{URI_SCHEME}(?P<cluster>{CLUSTER_ID.pattern})(/node/(?P<node>[1-9][0-9]{{0,4}}))?")
+
+
+class CertificateTerms(NamedTuple):
+    """What a certificate says. Times are seconds since 1970 (UTC); digests are SHA-256 in lower-case hex."""
+
+    subject: str
+    """RFC 4514 text, for messages."""
+    not_before: int
+    not_after: int
+    cluster_id: str
+    """Empty where the certificate names no cluster."""
+    node: int | None
+    key_id: str
+    """Digest of the SubjectPublicKeyInfo."""
+    fingerprint: str
+    """Digest of the DER certificate."""
+    is_authority: bool
+    serves_tls: bool
+    """Whether the extended key usage is there and names serverAuth."""
+
+
+def key_id(key: CertificatePublicKeyTypes) -> str:
+    """Returns the SHA-256 of the SubjectPublicKeyInfo, hex."""
+    spki = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    return hashlib.sha256(spki).hexdigest()
+
+
+def load_pem(pem: str | bytes) -> x509.Certificate:
+    """Loads a PEM text that holds exactly one certificate. Raises `TrustError`."""
+    raw = pem.encode() if isinstance(pem, str) else pem
+    try:
+        found = x509.load_pem_x509_certificates(raw)
+    except ValueError:
+        raise TrustError("no PEM certificate can be read", hint="the file is damaged or of another kind") from None
+    if len(found) != 1:
+        raise TrustError(f"{len(found)} certificates in one PEM text, exactly 1 expected")
+    return found[0]
+
+
+def load_der(der: bytes) -> x509.Certificate:
+    """Loads a DER certificate. Raises `TrustError`."""
+    try:
+        return x509.load_der_x509_certificate(der)
+    except ValueError:
+        raise TrustError("the certificate can't be read") from None
+
+
+def terms_of(certificate: x509.Certificate) -> CertificateTerms:
+    """Returns what `certificate` says.
+
+    Raises:
+        TrustError: it can't be read, or names two clusters.
+    """
+    try:
+        extensions = certificate.extensions
+        key = certificate.public_key()
+        subject = certificate.subject.rfc4514_string()
+    except Exception as error:  # noqa: BLE001 - foreign bytes: cryptography raises a dozen unrelated kinds here
+        raise TrustError(f"the certificate can't be read: {error}") from None
+    uris: list[str] = []
+    is_authority = serves_tls = False
+    for extension in extensions:
+        match extension.value:
+            case x509.SubjectAlternativeName() as names:
+                uris = [uri for uri in names.get_values_for_type(x509.UniformResourceIdentifier) if _is_ours(uri)]
+            case x509.BasicConstraints(ca=ca):
+                is_authority = ca
+            case x509.ExtendedKeyUsage() as usages:
+                serves_tls = ExtendedKeyUsageOID.SERVER_AUTH in usages
+    if len(uris) > 1:
+        raise TrustError(f"the certificate names {len(uris)} clusters or nodes, at most 1 expected")
+    match_ = _URI.fullmatch(uris[0]) if uris else None
+    node = match_["node"] if match_ else None
+    return CertificateTerms(
+        subject=subject,
+        not_before=int(certificate.not_valid_before_utc.timestamp()),
+        not_after=int(certificate.not_valid_after_utc.timestamp()),
+        cluster_id=match_["cluster"] if match_ else "",
+        node=int(node) if node else None,
+        key_id=key_id(key),
+        fingerprint=hashlib.sha256(certificate.public_bytes(serialization.Encoding.DER)).hexdigest(),
+        is_authority=is_authority,
+        serves_tls=serves_tls,
+    )
+
+
+def certificate_terms(pem: str | bytes) -> CertificateTerms:
+    """Returns what the one certificate in `pem` says. Raises `TrustError`."""
+    return terms_of(load_pem(pem))
+
+
+def moment(seconds: float) -> str:
+    """Returns a time for messages: `2026-01-31 12:00:00 UTC`."""
+    try:
+        return dt.datetime.fromtimestamp(seconds, dt.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (OverflowError, ValueError, OSError):
+        # A peer's idea of the time may be any number, and a message must not fail over it.
+        return f"{seconds} s since 1970"
+
+
+def _is_ours(uri: str) -> bool:
+    return uri.startswith(URI_SCHEME)

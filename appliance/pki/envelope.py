@@ -1,0 +1,76 @@
+"""Signs and verifies DSSE envelopes (shape and encoding: `protocol.trust`) with a cluster's root keys.
+
+ECDSA P-256 with SHA-256. The payload's type is under the signature and must be the one the caller expects, so a signed
+receipt never passes as a trust document. Key ids only choose among keys the caller trusts already.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Sequence
+from typing import Final
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from appliance.errors import TrustError
+from appliance.pki.certificate import key_id, load_pem
+from appliance.protocol.trust import Envelope, EnvelopeSignature, pre_authentication_encoding
+
+MAX_SIGNATURES: Final = 8
+"""Two roots sign during a change of root; the rest is room. Bounds the work an unauthenticated text can cause."""
+
+
+def sign_envelope(key: ec.EllipticCurvePrivateKey, payload_type: str, body: bytes) -> Envelope:
+    """Returns `body` in an envelope signed by `key` (P-256)."""
+    signature = key.sign(pre_authentication_encoding(payload_type, body), ec.ECDSA(hashes.SHA256()))
+    return Envelope(
+        payload=base64.b64encode(body).decode(),
+        payload_type=payload_type,
+        signatures=[EnvelopeSignature(keyid=key_id(key.public_key()), sig=base64.b64encode(signature).decode())],
+    )
+
+
+def verify_envelope(envelope: Envelope, payload_type: str, public_keys: Sequence[str]) -> bytes:
+    """Returns the body where one signature is by one of the trusted keys.
+
+    Args:
+        envelope: foreign.
+        payload_type: the only type that is accepted.
+        public_keys: PEM certificates (P-256) whose keys may sign.
+
+    Raises:
+        TrustError: another type, no signature by a trusted key, a wrong signature.
+    """
+    if envelope.payload_type != payload_type:
+        raise TrustError(f"envelope of type {envelope.payload_type[:80]!r}, {payload_type!r} expected")
+    if len(envelope.signatures) > MAX_SIGNATURES:
+        raise TrustError(f"envelope with {len(envelope.signatures)} signatures, at most {MAX_SIGNATURES} are accepted")
+    keys = dict(_trusted_key(pem) for pem in public_keys)
+    body = envelope.body()
+    message = pre_authentication_encoding(payload_type, body)
+    known = [entry for entry in envelope.signatures if entry.keyid in keys]
+    if not known:
+        raise TrustError(
+            "the envelope isn't signed by a root this side trusts", hint="it comes from another cluster, or is forged"
+        )
+    if not any(_is_signed(keys[entry.keyid], entry.sig, message) for entry in known):
+        raise TrustError("the envelope's signature does not verify", hint="its content was changed on the way")
+    return body
+
+
+def _trusted_key(pem: str) -> tuple[str, ec.EllipticCurvePublicKey]:
+    key = load_pem(pem).public_key()
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise TrustError("a root's key is of another kind, ECDSA P-256 expected")
+    return key_id(key), key
+
+
+def _is_signed(key: ec.EllipticCurvePublicKey, signature: str, message: bytes) -> bool:
+    try:
+        key.verify(base64.b64decode(signature, validate=True), message, ec.ECDSA(hashes.SHA256()))
+    except (InvalidSignature, binascii.Error, ValueError):
+        return False
+    return True

@@ -109,6 +109,12 @@ class TunnelError(ApplianceError):
     retryable = True
 
 
+class TelemetryError(ApplianceError):
+    """A sample of host figures is not what the stage telemetry says."""
+
+    code = "TELEMETRY-000"
+
+
 class ModeError(ApplianceError):
     """The machine's mode can't be changed as asked."""
 

@@ -1,12 +1,263 @@
-"""Stage telemetry: host figures under OpenTelemetry's `system.*` names.
+"""Stage telemetry: host figures under OpenTelemetry's names, and the text they travel in.
 
-A sample is a time and points `(metric, attributes, value)`. Names, units and attribute keys follow the OpenTelemetry
-semantic conventions for system metrics; `CATALOGUE` is the closed set that a controller accepts.
+A sample is a time and points `(metric, attributes, value)`. `CATALOGUE` is the closed set of metrics that an SE sends
+and a controller accepts: names, units (UCUM), kinds and attribute keys as in the OpenTelemetry semantic conventions
+(1.44, groups `system` and `hw`; load averages as the OpenTelemetry collector names them).
+
+The text (`encode`, `decode`) is base64 of a zlib stream (RFC 1950) with a preset dictionary, of the msgpack array
+
+    [time in ms, [[metric name, [attribute value ...], value as an integer of 10^-digits of the unit] ...]]
+
+Integers, because a rounded figure of six digits takes three bytes so and nine as a float; it also leaves no NaN and no
+infinity to say. Points stand in strictly ascending order of (place in the catalogue, attributes): one form only for
+one sample, no series twice, and whoever renders by metric needs no index.
+
+The dictionary is made from the metrics with `in_dictionary`. It must never change, or else neighbours of different
+versions stop understanding each other: a metric that joins later is added at the end with `in_dictionary=False`.
+
+What comes from the other side is bounded in text, in decompressed bytes, in points and in each value. Whether a sample
+is new, late or from the future is not judged here.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
+import enum
+import itertools
+import math
+import zlib
+from typing import NamedTuple
+
 import msgspec
+
+from appliance.errors import TelemetryError
+
+MAX_TEXT_CHARS = 16 * 1024
+MAX_DECODED_BYTES = 32 * 1024
+"""Of one sample after decompression: a small text can't ask for more."""
+MAX_POINTS = 256
+MAX_ATTRIBUTE_CHARS = 64
+MAX_TIME_S = 253_402_300_799
+"""The last second of the year 9999, which is as far as calendars reach."""
+_MAX_SCALED = 2**63
+
+
+class Fault(NamedTuple):
+    """One way in which a sample is no sample."""
+
+    code: str
+    text: str
+
+
+class Faults(Fault, enum.Enum):
+    """All faults that `encode` and `decode` name."""
+
+    TOO_LARGE = Fault("TELEMETRY-001", "The sample is too large")
+    MALFORMED = Fault("TELEMETRY-002", "The sample is not in the form of this stage")
+    METRIC = Fault("TELEMETRY-003", "The metric is not in the catalogue")
+    ATTRIBUTES = Fault("TELEMETRY-004", "The attributes are not those of the metric")
+    VALUE = Fault("TELEMETRY-005", "The value is not possible")
+    ORDER = Fault("TELEMETRY-006", "A series comes twice or out of order")
+    TIME = Fault("TELEMETRY-007", "The time is not possible")
+
+    def error(self, got: str) -> TelemetryError:
+        """Returns the error for this fault; `got` says what was found, against what was expected."""
+        return TelemetryError(
+            f"{self.value.text}: {got}",
+            hint="the SE and the controller should run the same version; see docs/stages/telemetry.md",
+            code=self.value.code,
+        )
+
+
+class Kind(enum.StrEnum):
+    """OpenTelemetry instruments. Prometheus knows an up-down counter as a gauge."""
+
+    COUNTER = "counter"
+    UPDOWN = "updowncounter"
+    GAUGE = "gauge"
+
+
+class Attribute(NamedTuple):
+    """An attribute key with its closed set of `values`, or with `examples` where any short text may come."""
+
+    key: str
+    values: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
+
+
+class Metric(NamedTuple):
+    """One metric of the catalogue. `digits`: decimal places of the unit that are kept."""
+
+    name: str
+    prometheus: str
+    unit: str
+    kind: Kind
+    text: str
+    attributes: tuple[Attribute, ...] = ()
+    digits: int = 0
+    signed: bool = False
+    in_dictionary: bool = True
+
+
+_MODE = Attribute("cpu.mode", ("user", "nice", "system", "idle", "iowait", "interrupt", "steal"))
+_MEMORY = Attribute("system.memory.state", ("used", "free", "buffers", "cached"))
+_PAGING = Attribute("system.paging.state", ("used", "free"))
+_DISK = Attribute("system.device", examples=("nvme0n1", "sda", "vda"))
+_DISK_WAY = Attribute("disk.io.direction", ("read", "write"))
+_VOLUME = Attribute("system.device", examples=("/dev/sda1", "/dev/vda1"))
+_MOUNT = Attribute("system.filesystem.mountpoint", examples=("/var", "/"))
+_SPACE = Attribute("system.filesystem.state", ("used", "free", "reserved"))
+_CARD = Attribute("network.interface.name", examples=("ens3", "eth0"))
+_CARD_AS_DEVICE = Attribute("system.device", examples=("ens3", "eth0"))
+_NET_WAY = Attribute("network.io.direction", ("receive", "transmit"))
+_SENSOR = Attribute("hw.id", examples=("coretemp/0",))
+
+CATALOGUE: tuple[Metric, ...] = (
+    Metric(
+        "system.cpu.time",
+        "system_cpu_time_seconds_total",
+        "s",
+        Kind.COUNTER,
+        "Time that all logical CPUs together spent in each mode.",
+        (_MODE,),
+        digits=2,
+    ),
+    Metric(
+        "system.cpu.utilization",
+        "system_cpu_utilization_ratio",
+        "1",
+        Kind.GAUGE,
+        "Share of CPU time in each mode since the sample before; all modes add up to 1.",
+        (_MODE,),
+        digits=4,
+    ),
+    Metric(
+        "system.cpu.logical.count",
+        "system_cpus",
+        "{cpu}",
+        Kind.UPDOWN,
+        "Logical CPUs.",
+    ),
+    Metric(
+        "system.cpu.load_average.1m",
+        "system_cpu_load_average_1m",
+        "{thread}",
+        Kind.GAUGE,
+        "Load average over 1 minute.",
+        digits=2,
+    ),
+    Metric(
+        "system.cpu.load_average.5m",
+        "system_cpu_load_average_5m",
+        "{thread}",
+        Kind.GAUGE,
+        "Load average over 5 minutes.",
+        digits=2,
+    ),
+    Metric(
+        "system.cpu.load_average.15m",
+        "system_cpu_load_average_15m",
+        "{thread}",
+        Kind.GAUGE,
+        "Load average over 15 minutes.",
+        digits=2,
+    ),
+    Metric(
+        "system.memory.usage",
+        "system_memory_usage_bytes",
+        "By",
+        Kind.UPDOWN,
+        "Memory by state; used is what is not available to new programs.",
+        (_MEMORY,),
+    ),
+    Metric("system.memory.limit", "system_memory_limit_bytes", "By", Kind.UPDOWN, "Memory in all."),
+    Metric("system.paging.usage", "system_paging_usage_bytes", "By", Kind.UPDOWN, "Swap by state.", (_PAGING,)),
+    Metric(
+        "system.disk.io",
+        "system_disk_io_bytes_total",
+        "By",
+        Kind.COUNTER,
+        "Bytes read from and written to each disk.",
+        (_DISK, _DISK_WAY),
+    ),
+    Metric(
+        "system.disk.operations",
+        "system_disk_operations_total",
+        "{operation}",
+        Kind.COUNTER,
+        "Completed reads and writes of each disk.",
+        (_DISK, _DISK_WAY),
+    ),
+    Metric(
+        "system.filesystem.usage",
+        "system_filesystem_usage_bytes",
+        "By",
+        Kind.UPDOWN,
+        "Space of each file system by state; reserved is root's alone.",
+        (_VOLUME, _MOUNT, _SPACE),
+    ),
+    Metric(
+        "system.filesystem.utilization",
+        "system_filesystem_utilization_ratio",
+        "1",
+        Kind.GAUGE,
+        "Share of each file system's space by state.",
+        (_VOLUME, _MOUNT, _SPACE),
+        digits=4,
+    ),
+    Metric(
+        "system.network.io",
+        "system_network_io_bytes_total",
+        "By",
+        Kind.COUNTER,
+        "Bytes over each interface.",
+        (_CARD, _NET_WAY),
+    ),
+    Metric(
+        "system.network.packet.count",
+        "system_network_packet_count_total",
+        "{packet}",
+        Kind.COUNTER,
+        "Packets over each interface.",
+        (_CARD_AS_DEVICE, _NET_WAY),
+    ),
+    Metric(
+        "system.network.packet.dropped",
+        "system_network_packet_dropped_total",
+        "{packet}",
+        Kind.COUNTER,
+        "Packets dropped although they were in order.",
+        (_CARD, _NET_WAY),
+    ),
+    Metric(
+        "system.network.errors",
+        "system_network_errors_total",
+        "{error}",
+        Kind.COUNTER,
+        "Errors of each interface.",
+        (_CARD, _NET_WAY),
+    ),
+    Metric("system.process.count", "system_processes", "{process}", Kind.UPDOWN, "Processes."),
+    Metric("system.uptime", "system_uptime_seconds", "s", Kind.GAUGE, "Time since the host booted.", digits=2),
+    Metric(
+        "appliance.boot_time",
+        "system_boot_time_seconds",
+        "s",
+        Kind.GAUGE,
+        "When the host booted, in seconds since 1970 by its own clock.",
+    ),
+    Metric(
+        "hw.temperature",
+        "hw_temperature_celsius",
+        "Cel",
+        Kind.GAUGE,
+        "Temperature at each sensor.",
+        (_SENSOR,),
+        digits=1,
+        signed=True,
+    ),
+)
 
 
 class Point(msgspec.Struct, frozen=True, array_like=True):
@@ -22,3 +273,127 @@ class Sample(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     time: float
     points: list[Point]
+
+
+_WirePoint = tuple[str, tuple[str, ...], int]
+
+_PLACES = {metric.name: (place, metric) for place, metric in enumerate(CATALOGUE)}
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER = msgspec.msgpack.Decoder(tuple[int, list[_WirePoint]])
+
+
+def dictionary() -> bytes:
+    """Returns the preset dictionary: each series of the catalogue as a sample writes it, without its value."""
+    return b"".join(
+        _ENCODER.encode((metric.name, values, 0))[:-1]
+        for metric in CATALOGUE
+        if metric.in_dictionary
+        for values in itertools.product(*(attribute.values or attribute.examples for attribute in metric.attributes))
+    )
+
+
+_DICTIONARY = dictionary()
+
+
+def _place(name: str, attributes: tuple[str, ...]) -> tuple[int, Metric]:
+    """Returns a series' place in the catalogue and its metric, or raises what is wrong with it."""
+    if name not in _PLACES:
+        raise Faults.METRIC.error(f"{name[:MAX_ATTRIBUTE_CHARS]!r}")
+    place, metric = _PLACES[name]
+    if len(attributes) != len(metric.attributes):
+        raise Faults.ATTRIBUTES.error(f"{name} with {len(attributes)}, expected {len(metric.attributes)}")
+    for attribute, value in zip(metric.attributes, attributes, strict=True):
+        if attribute.values:
+            if value not in attribute.values:
+                raise Faults.ATTRIBUTES.error(
+                    f"{name} with {attribute.key} {value[:MAX_ATTRIBUTE_CHARS]!r}, "
+                    f"expected one of {', '.join(attribute.values)}"
+                )
+        elif not 0 < len(value) <= MAX_ATTRIBUTE_CHARS or not value.isprintable():
+            raise Faults.ATTRIBUTES.error(
+                f"{name} with {attribute.key} {value[:MAX_ATTRIBUTE_CHARS]!r}, "
+                f"expected 1 to {MAX_ATTRIBUTE_CHARS} printable characters"
+            )
+    return place, metric
+
+
+def _check_scaled(metric: Metric, scaled: int) -> None:
+    if not (-_MAX_SCALED if metric.signed else 0) <= scaled < _MAX_SCALED:
+        raise Faults.VALUE.error(f"{metric.name} is {scaled}e-{metric.digits}")
+
+
+def _check_time(time_ms: int) -> None:
+    if not 0 <= time_ms <= MAX_TIME_S * 1000:
+        raise Faults.TIME.error(f"{time_ms} ms since 1970")
+
+
+def _check_size(points: int) -> None:
+    if points > MAX_POINTS:
+        raise Faults.TOO_LARGE.error(f"{points} points, at most {MAX_POINTS} expected")
+
+
+def encode(sample: Sample) -> str:
+    """Writes a sample as text. The points may come in any order; values are rounded to the catalogue's digits.
+
+    Raises:
+        TelemetryError: the sample has something that `decode` would refuse.
+    """
+    _check_size(len(sample.points))
+    if not math.isfinite(sample.time):
+        raise Faults.TIME.error(f"{sample.time}")
+    time_ms = round(sample.time * 1000)
+    _check_time(time_ms)
+    series: dict[tuple[int, tuple[str, ...]], _WirePoint] = {}
+    for point in sample.points:
+        place, metric = _place(point.name, point.attributes)
+        if not math.isfinite(point.value):
+            raise Faults.VALUE.error(f"{point.name} is {point.value}")
+        scaled = round(point.value * 10**metric.digits)
+        _check_scaled(metric, scaled)
+        series[place, point.attributes] = (metric.name, point.attributes, scaled)
+    if len(series) < len(sample.points):
+        raise Faults.ORDER.error(f"{len(sample.points)} points, but {len(series)} series")
+    wire = _ENCODER.encode((time_ms, [point for _, point in sorted(series.items())]))
+    if len(wire) > MAX_DECODED_BYTES:
+        raise Faults.TOO_LARGE.error(f"{len(wire)} bytes, at most {MAX_DECODED_BYTES} expected")
+    deflate = zlib.compressobj(level=9, memLevel=9, zdict=_DICTIONARY)
+    return base64.b64encode(deflate.compress(wire) + deflate.flush()).decode("ascii")
+
+
+def _inflate(text: str) -> bytes:
+    if len(text) > MAX_TEXT_CHARS:
+        raise Faults.TOO_LARGE.error(f"{len(text)} characters, at most {MAX_TEXT_CHARS} expected")
+    inflate = zlib.decompressobj(zdict=_DICTIONARY)
+    try:
+        wire = inflate.decompress(binascii.a2b_base64(text, strict_mode=True), MAX_DECODED_BYTES)
+    except (ValueError, zlib.error) as error:
+        raise Faults.MALFORMED.error(str(error)) from None
+    if inflate.unconsumed_tail:
+        raise Faults.TOO_LARGE.error(f"more than {MAX_DECODED_BYTES} bytes after decompression")
+    if not inflate.eof or inflate.unused_data:
+        raise Faults.MALFORMED.error("the compressed stream ends too early or too late")
+    return wire
+
+
+def decode(text: str) -> Sample:
+    """Reads a sample from text that an SE sent.
+
+    Raises:
+        TelemetryError: it is not exactly what `encode` writes; `code` is that of one of `Faults`.
+    """
+    try:
+        time_ms, wire_points = _DECODER.decode(_inflate(text))
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Faults.MALFORMED.error(str(error)) from None
+    _check_time(time_ms)
+    _check_size(len(wire_points))
+    points = []
+    before: tuple[int, tuple[str, ...]] = (-1, ())
+    for name, attributes, scaled in wire_points:
+        place, metric = _place(name, attributes)
+        _check_scaled(metric, scaled)
+        if (place, attributes) <= before:
+            raise Faults.ORDER.error(f"{name} {attributes} after {CATALOGUE[before[0]].name} {before[1]}")
+        before = place, attributes
+        points.append(Point(metric.name, attributes, scaled / 10**metric.digits))
+    return Sample(time=time_ms / 1000, points=points)

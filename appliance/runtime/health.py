@@ -1,0 +1,135 @@
+"""One daemon's own view of itself, in a file that `appliance status` and `appliance why` read without asking it.
+
+It holds the state line and this side's half of the causal chain. "Each step needs the one before it": when a step
+fails or has to wait, the later ones aren't true any more and wait too. The file lies on a tmpfs and is replaced by
+rename, not synced; a failure to write it is logged once and never disturbs the daemon.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import msgspec
+
+from appliance import __version__
+from appliance.protocol.why import Chain, Link, Step, StepResult, verdict
+from appliance.runtime import log as logs
+from appliance.runtime.clock import Clock
+
+_SAME_CONTENT_EVERY_S = 1.0
+_MAX_BYTES = 256 * 1024
+_log = logs.bind("health")
+_STEPS = list(Step)
+
+
+class HealthDocument(msgspec.Struct, frozen=True, kw_only=True):
+    """What the file holds. Times are seconds since 1970."""
+
+    side: str
+    """`controller` or `se`."""
+    pid: int
+    version: str
+    started_at: float
+    written_at: float
+    mode: str
+    state: str
+    reason: str
+    addresses: list[str]
+    since: float
+    """Since when state and reason hold."""
+    steps: list[Link]
+
+
+class Health:
+    """Collects and writes. Thread-safe.
+
+    Args:
+        path: the file; its directory exists.
+        side: `controller` or `se`.
+        clock: dates the steps.
+    """
+
+    def __init__(self, path: Path, side: str, clock: Clock) -> None:
+        self._path = path
+        self._side = side
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._started_at = self._since = clock.now()
+        # The SE can't see the controller's check of the reverse path; the controller sees each SE's chain elsewhere.
+        first = StepResult.WAITING if side == "se" else StepResult.UNSEEN
+        self._steps = {step: Link(step=step, result=first) for step in _STEPS}
+        self._steps[Step.REVERSE] = Link(step=Step.REVERSE, result=StepResult.UNSEEN)
+        self._line: tuple[str, str, str, tuple[str, ...]] = ("", "", "", ())
+        self._written: object = None
+        self._written_at = float("-inf")
+        self._is_failing = False
+
+    def step(self, step: Step, result: StepResult, text: str = "", code: str = "", hint: str = "") -> None:
+        """Records how a step went, now."""
+        with self._lock:
+            self._steps[step] = Link(step=step, result=result, at=self._clock.now(), text=text, code=code, hint=hint)
+            if result in {StepResult.FAILED, StepResult.WAITING}:
+                for later in _STEPS[_STEPS.index(step) + 1 :]:
+                    if self._steps[later].result is not StepResult.UNSEEN:
+                        self._steps[later] = Link(step=later, result=StepResult.WAITING)
+            self._write()
+
+    def line(self, mode: str, state: str, reason: str, addresses: list[str]) -> None:
+        """Records the state line: role, state, why, and the addresses that matter."""
+        line = (mode, state, reason, tuple(addresses))
+        with self._lock:
+            if line[:3] != self._line[:3]:
+                self._since = self._clock.now()
+            self._line = line
+            self._write()
+
+    def chain(self, subject: str) -> Chain:
+        """Returns this side's chain with its verdict."""
+        with self._lock:
+            steps = list(self._steps.values())
+        return Chain(subject=subject, side=self._side, steps=steps, verdict=verdict(steps))
+
+    def _write(self) -> None:
+        content = (self._line, [(link.step, link.result, link.text, link.code) for link in self._steps.values()])
+        now = self._clock.monotonic()
+        if content == self._written and now - self._written_at < _SAME_CONTENT_EVERY_S:
+            return
+        mode, state, reason, addresses = self._line
+        document = HealthDocument(
+            side=self._side,
+            pid=os.getpid(),
+            version=__version__,
+            started_at=self._started_at,
+            written_at=self._clock.now(),
+            mode=mode,
+            state=state,
+            reason=reason,
+            addresses=list(addresses),
+            since=self._since,
+            steps=list(self._steps.values()),
+        )
+        draft = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        try:
+            draft.write_bytes(msgspec.json.encode(document))
+            draft.replace(self._path)
+        except OSError as error:
+            if not self._is_failing:
+                _log.warning("health can't be written to %s: %s", self._path, error.strerror)
+            self._is_failing = True
+            return
+        self._is_failing = False
+        self._written, self._written_at = content, now
+
+
+def read_health(path: Path) -> HealthDocument | None:
+    """Returns what a daemon last wrote, or None where there is nothing that can be read.
+
+    Whether that daemon still lives is not said here: look at `pid`.
+    """
+    try:
+        with path.open("rb") as file:
+            return msgspec.json.decode(file.read(_MAX_BYTES), type=HealthDocument)
+    except (OSError, msgspec.DecodeError):
+        return None

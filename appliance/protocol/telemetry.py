@@ -357,7 +357,10 @@ def encode(sample: Sample) -> str:
     if len(wire) > MAX_DECODED_BYTES:
         raise Faults.TOO_LARGE.error(f"{len(wire)} bytes, at most {MAX_DECODED_BYTES} expected")
     deflate = zlib.compressobj(level=9, memLevel=9, zdict=_DICTIONARY)
-    return base64.b64encode(deflate.compress(wire) + deflate.flush()).decode("ascii")
+    text = base64.b64encode(deflate.compress(wire) + deflate.flush()).decode("ascii")
+    if len(text) > MAX_TEXT_CHARS:
+        raise Faults.TOO_LARGE.error(f"{len(text)} characters, at most {MAX_TEXT_CHARS} expected")
+    return text
 
 
 def _inflate(text: str) -> bytes:

@@ -2,8 +2,8 @@
 
 What general JOSE libraries leave to the caller is decided here, before any signature is looked at: how many
 signatures, all header fields protected and from a fixed set, the algorithm fixed to Ed25519 (RFC 9864), a `kid`
-that is a plain name. Verifying the signatures is the caller's, with keys it chose by `kid` itself; nothing in a
-header is ever used as a key or an address.
+of its role's one form. Verifying the signatures is the caller's, with keys it chose by `kid` itself; nothing in a
+header is ever used as a key or an address. That the two *keys* differ is the caller's to check too: only it has them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from appliance.protocol.strict_json import MalformedError
 MAX_JWS_BYTES = 16 * 1024
 MAX_HEADER_BYTES = 512
 
-_KID = re.compile(r"[A-Za-z0-9+/=:_-]{1,100}")
+_KID: Final = {
+    "image": re.compile(r"ik-[0-9a-f]{12}"),
+    "se": re.compile(r"SHA256:[A-Za-z0-9+/]{43}"),
+}
+"""Per role: the id of an image key, and the fingerprint of an SE's key. The former also names files."""
 
 ALGORITHM: Final = "Ed25519"
 
@@ -85,7 +89,7 @@ def signing_input(header: Header, payload: bytes) -> tuple[str, bytes]:
     return protected, f"{protected}.{encode_part(payload)}".encode()
 
 
-def parse(raw: bytes, *, types: tuple[str, ...]) -> Jws:
+def parse(raw: bytes, *, types: tuple[Literal["image", "se"], ...]) -> Jws:
     """Parses a JWS that must carry exactly one signature of each of `types`, in that order.
 
     Raises:
@@ -100,14 +104,12 @@ def parse(raw: bytes, *, types: tuple[str, ...]) -> Jws:
         header = strict_json.decode(decode_part(entry.protected), Header, max_bytes=MAX_HEADER_BYTES)
         if header.typ != kind:
             raise MalformedError(f"signature by {header.typ!r}, {kind!r} expected")
-        if not _KID.fullmatch(header.kid):
-            raise MalformedError("the kid has characters no key id has")
+        if not _KID[kind].fullmatch(header.kid):
+            raise MalformedError(f"the kid is no key id of the role {kind!r}")
         value = decode_part(entry.signature)
         if len(value) != 64:
             raise MalformedError(f"signature of {len(value)} bytes, 64 expected")
         signatures.append(
             Signature(header=header, signing_input=f"{entry.protected}.{document.payload}".encode(), value=value)
         )
-    if len({entry.header.kid for entry in signatures}) != len(signatures):
-        raise MalformedError("one key in two roles")
     return Jws(payload=payload, signatures=signatures)

@@ -67,13 +67,13 @@ class Telemetry:
         time = self._clock.now()
         points = self._host.points()
         unreadable = "; ".join(f"{kind} ({reason})" for kind, reason in self._host.unreadable.items())
-        self._say("figures", f"this host hides some figures: {unreadable}" if unreadable else "")
+        self._say("reading figures", f"this host hides some figures: {unreadable}" if unreadable else "")
         try:
             text = encode(Sample(time=time, points=points))
         except TelemetryError as error:
-            self._say("sample", f"a sample was left out: {error}")
+            self._say("encoding", f"a sample was left out: {error}")
             return
-        self._say("sample", "")
+        self._say("encoding", "")
         with self._mutex:
             self._held.append((next(self._numbers), text))
             try:
@@ -81,9 +81,9 @@ class Telemetry:
                     self._spool.append(self._held[0][1].encode("ascii"))
                     self._held.popleft()
             except StorageError as error:
-                self._say("spool", f"{error}; the last {MAX_HELD} samples wait in memory")
+                self._say("spooling", f"{error}; the last {MAX_HELD} samples wait in memory")
             else:
-                self._say("spool", "")
+                self._say("spooling", "")
 
     def pending(self) -> tuple[list[str], int]:
         """Returns samples that wait, oldest first, and the id to hand to `delivered`; ([], 0) where none does.
@@ -93,8 +93,10 @@ class Telemetry:
         try:
             items = self._spool.peek(MAX_BATCH)
         except StorageError as error:
-            self._say("spool", str(error))
+            self._say("reading the spool", str(error))
             items = []
+        else:
+            self._say("reading the spool", "")
         waiting = [(number, item.decode("ascii", errors="replace")) for number, item in items]
         if not waiting:  # held ones are newer than all of the spool: they wait for their turn
             with self._mutex:
@@ -119,7 +121,9 @@ class Telemetry:
         try:
             self._spool.acknowledge(last_id)
         except StorageError as error:  # may be sent again after a restart; the controller knows them by their time
-            self._say("spool", str(error))
+            self._say("acknowledging", str(error))
+        else:
+            self._say("acknowledging", "")
 
     def _say(self, matter: str, text: str) -> None:
         """Logs what is wrong with a matter when that changes, not at each sample; "" when nothing is any more."""
@@ -129,4 +133,4 @@ class Telemetry:
         if text:
             _log.warning(text)
         else:
-            _log.info("%s: all is well again", matter)
+            _log.info("%s works again", matter)

@@ -7,7 +7,8 @@ document's example maps 127.1.0.1:5097 to an SE's localhost:22).
 
 from __future__ import annotations
 
-from ipaddress import AddressValueError, IPv4Address
+import re
+from ipaddress import AddressValueError, IPv4Address, IPv6Address
 
 from appliance.errors import UsageError
 
@@ -19,6 +20,9 @@ _NODE_ZERO = int(IPv4Address("127.128.0.0"))
 
 MAX_SE_NUMBER = int(IPv4Address("127.127.255.255")) - _SE_ZERO
 MAX_NODE_NUMBER = 0xFFFF
+
+_HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]{0,251}[A-Za-z0-9.])?")
+_PORT = re.compile(r"[0-9]{1,5}")
 
 
 def se_address(number: int) -> str:
@@ -45,22 +49,36 @@ def node_address(number: int) -> str:
 
 
 def parse_endpoint(text: str, *, default_port: int) -> tuple[str, int]:
-    """Splits `host`, `host:port`, `[v6]` or `[v6]:port` into host and port.
+    """Splits `host`, `host:port`, `v6`, `[v6]` or `[v6]:port` into host and port.
+
+    A host is a name, an IPv4 or an IPv6 address: nothing that could mean something else to whoever it is passed to
+    (an option, a URL, a header line).
 
     Raises:
-        UsageError: empty host, or a port outside 0..65535 (0 asks the system for a free one).
+        UsageError: anything else, or a port outside 0..65535 (0 asks the system for a free one).
     """
-    host, port = text, str(default_port)
+    host, port, hint = text, str(default_port), "write host:port, for example controller.example:8443"
     if text.startswith("["):
-        host, bracket, rest = text[1:].partition("]")
-        if not bracket or (rest and not rest.startswith(":")):
-            raise UsageError(f"{text!r} is no address", hint="write [address]:port for IPv6")
-        port = rest[1:] or port
+        hint = "write [address]:port for IPv6, for example [2001:db8::1]:8443"
+        host, _, rest = text[1:].partition("]")
+        port = rest.removeprefix(":") if rest else port
+        named = _is_v6(host) and rest[:1] in {"", ":"} and text.count("]") == 1
     elif text.count(":") == 1:
         host, _, port = text.partition(":")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise UsageError(f"{text!r} is no address", hint="write host:port, for example controller.example:8443")
+        named = _HOST.fullmatch(host) is not None
+    else:
+        named = _HOST.fullmatch(host) is not None or _is_v6(host)
+    if not named or not _PORT.fullmatch(port) or int(port) > 65535:
+        raise UsageError(f"{text!r} is no address", hint=hint)
     return host, int(port)
+
+
+def _is_v6(host: str) -> bool:
+    try:
+        IPv6Address(host)
+    except AddressValueError:
+        return False
+    return True
 
 
 def format_endpoint(host: str, port: int) -> str:

@@ -22,7 +22,8 @@ from __future__ import annotations
 
 import enum
 import re
-from ipaddress import AddressValueError, IPv4Address, IPv6Address, ip_address, ip_network
+from collections.abc import Sequence
+from ipaddress import ip_address, ip_network
 from typing import NamedTuple
 
 import msgspec
@@ -150,13 +151,17 @@ class Refusals(Refusal, enum.Enum):
     )
     SPENT = Refusal("ENROLL-011", 409, "The image key is spent for this SE", "Use refresh with the SE's own key.")
     CONFLICT = Refusal(
-        "ENROLL-012", 409, "The se_id is enrolled with another key", "Rejoin with a token, or delete the SE first.", 600
+        "ENROLL-012",
+        409,
+        "The se_id is enrolled with another key",
+        "If its VM lost its state, delete the SE first.",
+        600,
     )
     CLONED_KEY = Refusal(
         "ENROLL-013", 409, "The key is enrolled under another se_id", "Remove the SE's state; it is a copy.", 600
     )
-    REVOKED = Refusal("ENROLL-014", 403, "The SE was revoked", "An operator can reinstate it.", 600)
-    REJECTED = Refusal("ENROLL-015", 403, "The SE was rejected", "An operator can reinstate it.", 600)
+    REVOKED = Refusal("ENROLL-014", 403, "The SE was revoked", "`appliance audit show` tells by whom and why.", 600)
+    REJECTED = Refusal("ENROLL-015", 403, "The SE was rejected", "`appliance audit show` tells by whom and why.", 600)
     QUARANTINED = Refusal("ENROLL-016", 403, "The SE is in quarantine", "See `appliance why SE` for its twin.", 600)
     DELETED = Refusal("ENROLL-017", 410, "The SE was deleted", "Start the VM with fresh state to enroll anew.", 3600)
     KEY_IN_USE = Refusal("ENROLL-018", 403, "The key already has another role", "Make a new key for this SE.")
@@ -166,12 +171,14 @@ class Refusals(Refusal, enum.Enum):
         "ENROLL-022",
         404,
         "The SE is not known",
-        "Enroll with an image key; a restored controller may need receipts.",
+        "Enroll with an image key. A controller restored from a backup may not know newer SEs.",
         60,
     )
     UNAVAILABLE = Refusal("ENROLL-023", 503, "The controller can't store right now", "See `appliance doctor`.", 5)
     NUMBERS = Refusal("ENROLL-024", 503, "There are no SE numbers left", "Start a second cluster.", 3600)
-    POLICY = Refusal("ENROLL-025", 403, "The image key's policy asks for more", "Add the token to the VM's seed.", 60)
+    POLICY = Refusal(
+        "ENROLL-025", 403, "The image key's policy asks for more", "Deploy from an image whose key is open.", 60
+    )
     SLOW = Refusal("ENROLL-026", 408, "The request took too long to arrive", "Check the path's packet loss.", 5)
 
     def problem(self, *, detail: str = "", nonce: str = "") -> Problem:
@@ -262,11 +269,26 @@ def _allowed_source(source: str, networks: tuple[str, ...]) -> bool:
     if not networks:
         return True
     try:
-        address: IPv4Address | IPv6Address = ip_address(source)
-    except (AddressValueError, ValueError):
+        address = ip_address(source)
+    except ValueError:
         return False
+    # A listener on [::] sees IPv4 clients as ::ffff:a.b.c.d; the operator wrote a.b.c.0/24.
     mapped = getattr(address, "ipv4_mapped", None)
     return any((mapped or address) in ip_network(network) for network in networks)
+
+
+def check_networks(networks: Sequence[str]) -> list[str]:
+    """Returns what is wrong with an image key's source networks, one sentence each; empty where they hold.
+
+    `decide` expects networks that passed here: a key is refused when it is made, not each time it is used.
+    """
+    problems = []
+    for network in networks:
+        try:
+            ip_network(network)
+        except ValueError as error:
+            problems.append(f"network {network!r}: {error}; write a network such as 192.0.2.0/24")
+    return problems
 
 
 def decide_unknown(terms: ImageKeyTerms, *, source: str, now: int) -> Verdict:
@@ -309,15 +331,16 @@ def decide(
     """
     if by_key is not None and by_key.se_id != se_id:
         return _refuse(Refusals.CLONED_KEY)
-    if by_id is None:
+    known = by_id or by_key  # both name this se_id; an index that lost one of them must not enroll it a second time
+    if known is None:
         return decide_unknown(terms, source=source, now=now)
-    if by_id.status in _BY_STATUS:
-        return _refuse(_BY_STATUS[by_id.status])
-    if by_id.thumbprint != thumbprint:
+    if known.status in _BY_STATUS:
+        return _refuse(_BY_STATUS[known.status])
+    if known.thumbprint != thumbprint:
         return _refuse(Refusals.CONFLICT)
-    if by_id.status is SeStatus.PENDING:
+    if known.status is SeStatus.PENDING:
         return Verdict(Decision.PENDING)
-    if by_id.confirmed:
+    if known.confirmed:
         return _refuse(Refusals.SPENT)
     return Verdict(Decision.GRANT_AGAIN)
 

@@ -69,6 +69,8 @@ class LinkView(NamedTuple):
     skew_s: float
     spool_bytes: int
     reverse_error: str = ""
+    rolled_back: bool = False
+    """Admitted with an older ticket than the newest one known (see `protocol.tunnel.judge_newcomer`)."""
 
 
 class SeView(NamedTuple):
@@ -94,7 +96,7 @@ class Derived(NamedTuple):
 
 _BY_STATUS = {
     SeStatus.PENDING: Derived(State.PENDING, Reason.AWAITS_APPROVAL, "an operator must approve this SE"),
-    SeStatus.QUARANTINED: Derived(State.QUARANTINED, Reason.CLONE, "in quarantine; `se release` ends it"),
+    SeStatus.QUARANTINED: Derived(State.QUARANTINED, Reason.CLONE, "in quarantine as a suspected copy"),
     SeStatus.REJECTED: Derived(State.REVOKED, Reason.REJECTED, "an operator rejected this SE"),
     SeStatus.REVOKED: Derived(State.REVOKED, Reason.REVOKED, "an operator revoked this SE"),
     SeStatus.DELETED: Derived(State.REVOKED, Reason.DELETED, "an operator deleted this SE"),
@@ -125,6 +127,8 @@ def _derive_link(view: SeView, link: LinkView) -> Derived:
         return Derived(State.DEGRADED, Reason.SPOOL_GROWING, f"{link.spool_bytes} bytes of telemetry wait on the SE")
     if view.clone_of:
         return Derived(State.UP, Reason.CLONE, f"a copy of this SE was put in quarantine: {view.clone_of}")
+    if link.rolled_back:
+        return Derived(State.UP, Reason.ROLLED_BACK, "came back with older state: a restored snapshot or disk")
     return Derived(State.UP, Reason.OK, "link, heartbeat and reverse path work")
 
 

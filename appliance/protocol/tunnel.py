@@ -14,7 +14,8 @@ A link's life on the SE (`advance`):
     GREETING  --confirmed-->  LINKED        (hello, ticket stored, confirm)
     LINKED    --answered-->   UP            (first heartbeat answered)
     UP        --answered-->   UP
-    GREETING  --quarantined--> QUARANTINED  (may ping, nothing else)
+    GREETING  --quarantined--> QUARANTINED
+    QUARANTINED --answered--> QUARANTINED  (may ping, nothing else)
     any but IDLE --lost-->    IDLE
 
 Whoever comes with an SE's key while an older link is there is judged by its ticket (`judge_newcomer`), see DESIGN
@@ -230,19 +231,17 @@ class Watchdog:
     def __init__(self, *, interval_s: float, deadline_s: float = DEADLINE_S, now: float) -> None:
         self.interval_s = interval_s
         self.deadline_s = deadline_s
-        self._alive_at = now
         self._pinged_at = now - interval_s
         self._open = 0
 
     def pinged(self, now: float) -> None:
-        """A ping went out."""
+        """A ping goes out: told before it is sent, or its answer could seem to come before it."""
         self._pinged_at = now
         self._open += 1
 
     def alive(self, at: float) -> None:
-        """A byte from the peer arrived at `at`; an older news than one already known is ignored."""
-        self._alive_at = max(self._alive_at, at)
-        if self._alive_at >= self._pinged_at:
+        """A byte from the peer arrived at `at`; one from before the newest ping says nothing."""
+        if at >= self._pinged_at:
             self._open = 0
 
     def next_at(self) -> float:

@@ -54,10 +54,15 @@ class Chain(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def verdict(steps: list[Link]) -> str:
-    """Returns the sentence for a chain: the first failed step, else the first that waits, else that all is well."""
+    """Returns the sentence for a chain: the first failed step, else the first that waits, else that all is well.
+
+    Steps that the other side alone sees say nothing; where there are only such, so does the verdict.
+    """
     for wanted in (StepResult.FAILED, StepResult.WAITING):
         for link in steps:
             if link.result is wanted:
                 lead = "stopped at" if wanted is StepResult.FAILED else "waiting for"
                 return f"{lead} {link.step.value}: {link.text}" + (f" ({link.code})" if link.code else "")
+    if all(link.result is StepResult.UNSEEN for link in steps):
+        return "nothing of it was seen on this side"
     return "all steps happened"

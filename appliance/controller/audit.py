@@ -1,0 +1,88 @@
+"""The audit: an append-only, hash-chained record of what was decided, one chain for each node.
+
+An entry is written in the transaction of what it tells about, so there is never one without the other. The chain's
+rules are pure and live in `protocol.audit`; this module prepares the compares and operations that extend it.
+"""
+
+from __future__ import annotations
+
+from appliance.controller import records
+from appliance.controller.store.port import Compare, Put, Store
+from appliance.protocol import audit as chain
+from appliance.protocol.operator import AuditEntry, AuditVerdict
+
+ENTRY_PREFIX = "audit/"
+HEAD_PREFIX = "audit-head/"
+PAGE = 1000
+
+
+def _entry_key(node: int, sequence: int) -> str:
+    return f"{ENTRY_PREFIX}{node}/{sequence:012d}"
+
+
+class Audit:
+    """One node's chain. Entries are prepared one at a time: the caller holds the ledger lock until the commit."""
+
+    def __init__(self, store: Store, *, cluster_id: str, node: int, epoch: int) -> None:
+        self._store = store
+        self._node = node
+        self._epoch = epoch
+        self._head_key = f"{HEAD_PREFIX}{node}"
+        self._genesis = chain.genesis(cluster_id, node, epoch)
+        self.head = self._genesis
+        self.count = 0
+
+    async def load(self) -> None:
+        """Finds the chain's end."""
+        head = await self._store.get(self._head_key)
+        if head is None:
+            return
+        text, _, sequence = head.value.decode().partition(" ")
+        self.head, self.count = text, int(sequence)
+
+    def _head_value(self) -> bytes:
+        return f"{self.head} {self.count}".encode()
+
+    def prepare(
+        self, *, at: float, actor: str, action: str, subject: str, detail: str = ""
+    ) -> tuple[AuditEntry, list[Compare], list[Put]]:
+        """Returns the next entry with what must hold and what to write; `committed` makes it the head."""
+        entry = chain.seal(
+            AuditEntry(
+                sequence=self.count + 1,
+                time=at,
+                node=self._node,
+                epoch=self._epoch,
+                actor=actor,
+                action=action,
+                subject=subject,
+                detail=detail,
+                previous=self.head,
+            )
+        )
+        if self.count:
+            compare = Compare(self._head_key, "value", "=", self._head_value())
+        else:
+            compare = Compare(self._head_key, "version", "=", 0)
+        writes = [
+            Put(_entry_key(self._node, entry.sequence), records.encode(entry)),
+            Put(self._head_key, f"{entry.hash} {entry.sequence}".encode()),
+        ]
+        return entry, [compare], writes
+
+    def committed(self, entry: AuditEntry) -> None:
+        """The transaction with `entry` was committed."""
+        self.head, self.count = entry.hash, entry.sequence
+
+    async def read(self, *, after: int = 0, limit: int = PAGE) -> list[AuditEntry]:
+        """Returns entries with a sequence above `after`, oldest first."""
+        prefix = f"{ENTRY_PREFIX}{self._node}/"
+        found = await self._store.range(prefix, start_after=_entry_key(self._node, after), limit=limit)
+        return [records.decode(entry.value, AuditEntry, entry.key) for entry in found]
+
+    async def verify(self) -> AuditVerdict:
+        """Checks the whole chain against its genesis and the stored head."""
+        entries: list[AuditEntry] = []
+        while page := await self.read(after=entries[-1].sequence if entries else 0):
+            entries += page
+        return chain.verify(entries, start=self._genesis, head=self.head)

@@ -1,0 +1,214 @@
+"""The channel API: hello, confirm and heartbeat, spoken over channels of a link. The link is the identity.
+
+A link goes through these requests in order; what comes out of order is refused. Take-over and clones are judged by
+`protocol.tunnel.judge_newcomer`; hellos of one SE are judged one at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+import msgspec
+
+from appliance.controller.attempts import Attempts
+from appliance.controller.fleet import Fleet, ping
+from appliance.controller.link import Link
+from appliance.controller.records import SeRecord
+from appliance.controller.web import Endpoint, ProblemError, Request, simple_problem
+from appliance.protocol import tunnel
+from appliance.protocol.address import se_address
+from appliance.protocol.trust import Envelope
+from appliance.protocol.tunnel import (
+    Confirm,
+    ConfirmAnswer,
+    Heartbeat,
+    HeartbeatAnswer,
+    Hello,
+    HelloAnswer,
+    Newcomer,
+)
+from appliance.protocol.why import Step, StepResult
+
+if TYPE_CHECKING:
+    from appliance.controller.telemetry import History
+
+_log = logging.getLogger(__name__)
+
+TICKET_BYTES = 16
+
+
+class TrustSource(msgspec.Struct):
+    """The trust document in force: what SEs with an older one are sent."""
+
+    version: int
+    envelope: Envelope
+
+
+def _refuse(status: int, code: str, title: str, advice: str) -> ProblemError:
+    return ProblemError(simple_problem(status, code, title, advice=advice))
+
+
+class ChannelApi:
+    """Answers links. One loop only."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        history: History,
+        attempts: Attempts,
+        *,
+        trust: TrustSource,
+        node: int,
+        reverse_port: Callable[[], int],
+        check_reverse: Callable[[Link], None],
+        wall: Callable[[], float],
+    ) -> None:
+        self._fleet = fleet
+        self._history = history
+        self._attempts = attempts
+        self._trust = trust
+        self._node = node
+        self._reverse_port = reverse_port
+        self._check_reverse = check_reverse
+        self._wall = wall
+        self._hellos: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    def endpoints(self) -> list[Endpoint]:
+        """The table of this front end."""
+        return [
+            Endpoint("POST", tunnel.HELLO_PATH, self.hello, "Greet", {200: HelloAnswer}, Hello, errors=(400, 403, 409)),
+            Endpoint(
+                "POST", tunnel.CONFIRM_PATH, self.confirm, "Confirm the ticket", {200: ConfirmAnswer}, Confirm,
+                errors=(400, 409),
+            ),
+            Endpoint(
+                "POST", tunnel.HEARTBEAT_PATH, self.heartbeat, "Ping, with telemetry", {200: HeartbeatAnswer},
+                Heartbeat, errors=(400, 409),
+            ),
+        ]  # fmt: skip
+
+    def _record(self, link: Link) -> SeRecord:
+        record = self._fleet.registry.se(link.se_id)
+        if record is None:
+            raise _refuse(403, "TUNNEL-020", "This SE is not known", "Enroll anew.")
+        return record
+
+    def _newer_trust(self, version: int) -> Envelope | None:
+        return self._trust.envelope if version < self._trust.version else None
+
+    async def hello(self, request: Request, hello: Hello) -> HelloAnswer:
+        """First word of a link: who it is, judged by its ticket."""
+        link: Link = request.state.link
+        if link.hello_done:
+            raise _refuse(409, "TUNNEL-021", "This link said hello already", "Open a new link.")
+        if not hello.protocol >= tunnel.OLDEST_PROTOCOL_NUMBER:
+            raise _refuse(
+                400, "TUNNEL-022", f"Protocol {hello.protocol} is not spoken here",
+                f"Upgrade the agent: protocol {tunnel.OLDEST_PROTOCOL_NUMBER} or newer is expected.",
+            )  # fmt: skip
+        link.hello_done = True
+        link.agent_version = hello.agent_version[:64]
+        link.trust_version = hello.trust_version
+        lock = self._hellos.setdefault(link.se_id, asyncio.Lock())
+        async with lock:
+            verdict, ticket = await self._judge(link, hello)
+        record = self._record(link)
+        quarantined = verdict is Newcomer.QUARANTINE
+        if not quarantined:
+            link.ticket = ticket
+            self._attempts.note(
+                link.source, Step.HELLO, StepResult.OK, at=self._wall(), se_id=link.se_id, text=verdict.value
+            )
+        return HelloAnswer(
+            protocol=min(hello.protocol, tunnel.PROTOCOL_NUMBER),
+            ticket=ticket,
+            quarantined=quarantined,
+            reason=verdict.value,
+            heartbeat_interval_s=self._fleet.interval_s,
+            time=self._wall(),
+            node=self._node,
+            reverse_address=se_address(record.number),
+            reverse_port=self._reverse_port(),
+            trust=self._newer_trust(hello.trust_version),
+        )
+
+    async def _judge(self, link: Link, hello: Hello) -> tuple[Newcomer, str]:
+        fleet, record = self._fleet, self._record(link)
+        tickets = record.tickets
+        older = fleet.link(link.se_id)
+        answers = False
+        if older is not None and not tunnel.is_current(tickets, hello.ticket):
+            answers = await ping(older) and fleet.link(link.se_id) is older
+            record = self._record(link)
+        verdict = tunnel.judge_newcomer(tickets, hello.ticket, older_link_answers=answers)
+        if verdict is Newcomer.QUARANTINE:
+            fleet.quarantine(link)
+            older_source = older.source if older else "no live link"
+            text = f"{record.name}: a second SE with its key came from {link.source}; the first is {older_source}"
+            fleet.events.emit("tunnel", "se.clone", record.se_id, text)
+            await fleet.registry.note(
+                actor=f"se {link.source}", action="se.clone", subject=record.se_id, detail=f"first: {older_source}"
+            )
+            return verdict, ""
+        ticket = secrets.token_urlsafe(TICKET_BYTES)
+        changed = msgspec.structs.replace(record, ticket_pending=ticket, seen_facts=hello.facts)
+        if hello.ticket and hello.ticket == record.ticket_pending:
+            # It shows the ticket of a hello whose confirmation got lost: it had stored it, so that one is current now.
+            changed = msgspec.structs.replace(changed, ticket=hello.ticket)
+        if verdict is Newcomer.ROLLED_BACK:
+            changed = msgspec.structs.replace(changed, ticket_superseded=record.ticket)
+            text = f"{record.name} came back with an older link ticket from {link.source}: restored snapshot or disk?"
+            fleet.events.emit("tunnel", "se.rolled-back", record.se_id, text)
+            await fleet.registry.update_audited(changed, actor=f"se {link.source}", action="se.rolled-back")
+        else:
+            await fleet.registry.update_se(changed)
+        fleet.admit(link)
+        return verdict, ticket
+
+    async def confirm(self, request: Request, confirm: Confirm) -> ConfirmAnswer:
+        """The SE stored its ticket: from now on the older one is worth nothing."""
+        link: Link = request.state.link
+        if link.quarantined or not link.ticket or confirm.ticket != link.ticket:
+            raise _refuse(409, "TUNNEL-023", "There is no such ticket to confirm", "Open a new link and say hello.")
+        record = self._record(link)
+        if record.ticket_pending != confirm.ticket:
+            raise _refuse(409, "TUNNEL-024", "A newer link of this SE said hello", "Open a new link and say hello.")
+        changed = msgspec.structs.replace(record, ticket=confirm.ticket, ticket_pending="")
+        if not record.confirmed_at:
+            changed = msgspec.structs.replace(changed, confirmed_at=self._wall())
+            await self._fleet.registry.update_audited(
+                changed, actor=f"se {link.source}", action="enroll.spent", detail="hello confirmed, image key spent"
+            )
+        else:
+            await self._fleet.registry.update_se(changed)
+        link.confirmed = True
+        self._fleet.look(link.se_id)
+        return ConfirmAnswer(spent=True)
+
+    async def heartbeat(self, request: Request, beat: Heartbeat) -> HeartbeatAnswer:
+        """Ping; a confirmed link may bring telemetry, a quarantined one may only ping."""
+        link: Link = request.state.link
+        if not link.confirmed and not link.quarantined:
+            raise _refuse(409, "TUNNEL-025", "Hello was not confirmed on this link", "Say hello and confirm first.")
+        now = self._wall()
+        first = link.heartbeats == 0
+        self._fleet.heartbeat(link, rtt_s=beat.rtt_s, skew_s=beat.time - now, spool_bytes=beat.spool_bytes)
+        accepted = 0
+        if beat.telemetry and not link.quarantined:
+            accepted = self._history.accept(link.se_id, beat.telemetry, now)
+        if first and not link.quarantined:
+            self._attempts.note(
+                link.source, Step.HEARTBEAT, StepResult.OK, at=now, se_id=link.se_id, text="first heartbeat answered"
+            )
+            self._check_reverse(link)
+        return HeartbeatAnswer(
+            sequence=beat.sequence,
+            interval_s=self._fleet.interval_s,
+            accepted=accepted,
+            trust=None if link.quarantined else self._newer_trust(beat.trust_version),
+        )

@@ -1,0 +1,439 @@
+"""The controller's composition root: builds every part, starts them in one loop, stops them in order.
+
+Order of a start: lock, material, store, registry; then sockets; then listeners; READY last. Order of a stop: nobody
+new, links closed, tasks ended, store closed, lock released.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import pwd
+import resource
+import shutil
+import signal
+from collections.abc import Collection, Coroutine
+from typing import Any
+
+import msgspec
+import uvloop
+
+from appliance import __version__
+from appliance.controller import metrics
+from appliance.controller.attempts import Attempts
+from appliance.controller.audit import Audit
+from appliance.controller.channel import ChannelApi, TrustSource
+from appliance.controller.enroll import EnrollApi
+from appliance.controller.events import Events
+from appliance.controller.fleet import Fleet
+from appliance.controller.link import Link
+from appliance.controller.listener import FrontEnd, HttpLimits, TlsListener
+from appliance.controller.material import Files, Material
+from appliance.controller.nonce import Nonces
+from appliance.controller.operator import EXPIRY_WARNING_S, OperatorApi, views
+from appliance.controller.rate import Rates
+from appliance.controller.registry import Registry
+from appliance.controller.reverse import ReversePath
+from appliance.controller.sockets import Bound, Sockets, open_sockets, port_of
+from appliance.controller.store.sqlite import SqliteStore
+from appliance.controller.telemetry import History
+from appliance.controller.tunnel import Gateway
+from appliance.controller.web import Endpoint, Request, StreamingResponse, application
+from appliance.errors import ApplianceError
+from appliance.paths import Paths
+from appliance.pki import ssh_keys, tls
+from appliance.protocol import enroll as enroll_said
+from appliance.protocol import tunnel
+from appliance.protocol.fleet import State
+from appliance.protocol.operator import ControllerView
+from appliance.protocol.why import Step, StepResult
+from appliance.runtime import host, systemd
+from appliance.runtime.clock import Clock
+from appliance.runtime.health import Health
+from appliance.runtime.peer import unix_peer
+from appliance.settings import Settings
+from appliance.storage.atomic import make_dir, write_atomic
+from appliance.storage.lock import RootLock
+
+_log = logging.getLogger(__name__)
+
+OPERATOR_BODY_BYTES = 64 * 1024
+RENEW_LOOK_S = 3600.0
+STOP_WAIT_S = 3.0
+"""How long a stop waits for closed links to be gone."""
+
+
+def allowed_uids(names: Collection[str]) -> frozenset[int]:
+    """User ids of the users who may use the reverse path; unknown names are told and left out."""
+    found = set()
+    for name in names:
+        try:
+            found.add(pwd.getpwnam(name).pw_uid)
+        except KeyError:
+            _log.warning("controller.reverse_users names %r, who does not exist on this host", name)
+    return frozenset(found)
+
+
+class Controller:
+    """All parts of one running controller."""
+
+    def __init__(self, paths: Paths, settings: Settings, clock: Clock, sockets: Sockets, store: SqliteStore) -> None:
+        self.paths = paths
+        self.settings = settings
+        self.clock = clock
+        self.sockets = sockets
+        self.store = store
+        terms = settings.controller
+        self.material = Material(Files(paths.controller_state))
+        cluster = self.material.cluster
+        self.started_at = clock.now()
+        self.health = Health(paths.health_file, "controller", clock)
+        self.events = Events(clock.now)
+        self.attempts = Attempts()
+        self.history = History(history_s=terms.telemetry_history_s)
+        audit = Audit(store, cluster_id=cluster.cluster_id, node=cluster.node, epoch=cluster.epoch)
+        self.registry = Registry(store, audit, wall=clock.now)
+        self.fleet = Fleet(
+            self.registry,
+            self.history,
+            self.events,
+            wall=clock.now,
+            monotonic=clock.monotonic,
+            base_interval_s=terms.heartbeat_interval_s,
+        )
+        self.trust = TrustSource(self.material.trust.version, self.material.envelope)
+        uids = allowed_uids(terms.reverse_users)
+        self.reverse = ReversePath(self.fleet, allowed_uids=lambda: uids)
+        self.nonces = Nonces(self.material.nonce_key)
+        self.enroll_api = EnrollApi(
+            self.registry,
+            self.events,
+            self.attempts,
+            cluster_id=cluster.cluster_id,
+            epoch=cluster.epoch,
+            authority=self.material.authority,
+            trust=self.trust,
+            nonces=self.nonces,
+            rates=Rates(
+                rate_per_s=terms.enroll_rate_per_s,
+                burst=terms.enroll_burst,
+                source_rate_per_s=terms.source_rate_per_s,
+                source_burst=terms.source_burst,
+                now=clock.monotonic(),
+            ),
+            interval_s=lambda: self.fleet.interval_s,
+            may_store=self._has_room,
+            wall=clock.now,
+            monotonic=clock.monotonic,
+        )
+        channel_api = ChannelApi(
+            self.fleet,
+            self.history,
+            self.attempts,
+            trust=self.trust,
+            node=cluster.node,
+            reverse_port=lambda: port_of(sockets.reverse),
+            check_reverse=self.reverse.check,
+            wall=clock.now,
+        )
+        operator_api = OperatorApi(
+            material=self.material,
+            registry=self.registry,
+            fleet=self.fleet,
+            events=self.events,
+            attempts=self.attempts,
+            view=self.view,
+            refusals=lambda: self.enroll_api.refusals,
+            problems=self.problems,
+            drain=self.drain,
+            wall=clock.now,
+        )
+        self.enroll_front = self._front(
+            "Appliance enrollment", self.enroll_api.endpoints(), enroll_said.MAX_HEADER_BYTES, 24 * 1024, keep_alive_s=5
+        )
+        # A link's channel speaks every few seconds; it must outlive the longest interval many times.
+        channel_front = self._front(
+            "Appliance channel", channel_api.endpoints(), tunnel.MAX_HEADER_BYTES, tunnel.MAX_BODY_BYTES,
+            keep_alive_s=900,
+        )  # fmt: skip
+        self.operator_front = self._front(
+            "Appliance operator", operator_api.endpoints(), 16 * 1024, OPERATOR_BODY_BYTES, keep_alive_s=75
+        )
+        metrics_endpoint = Endpoint("GET", "/metrics", self._metrics, "Prometheus text", {200: None})
+        self.metrics_front = self._front("Appliance metrics", [metrics_endpoint], 16 * 1024, 1024, keep_alive_s=75)
+        self.gateway = Gateway(
+            terms=terms,
+            se_user=settings.users.se,
+            fleet=self.fleet,
+            attempts=self.attempts,
+            channel_api=channel_front,
+            on_lost=self._lost,
+            wall=clock.now,
+            monotonic=clock.monotonic,
+        )
+        self.tls_context = tls.server_context(self.material.files.node_certificate, self.material.files.node_key)
+        self.stopping = asyncio.Event()
+        self.recheck = asyncio.Event()
+        """Set by SIGHUP: look at the node certificate now."""
+
+    def _front(
+        self, title: str, endpoints: list[Endpoint], max_header: int, max_body: int, *, keep_alive_s: int
+    ) -> FrontEnd:
+        terms = self.settings.controller
+        limits = HttpLimits(max_header, max_body, terms.header_timeout_s, terms.body_timeout_s, keep_alive_s)
+        return FrontEnd(application(title, endpoints, max_body=max_body, documented=True), limits)
+
+    # What other parts ask for.
+
+    def _has_room(self) -> bool:
+        return shutil.disk_usage(self.paths.controller_state).free >= self.settings.controller.disk_reserve_bytes
+
+    def _lost(self, link: Link) -> None:
+        self.fleet.lost(link)
+        self.attempts.note(
+            link.source, Step.LINK, StepResult.FAILED, at=self.clock.now(), se_id=link.se_id,
+            code=link.lost_reason.value, text=link.lost_text, hint="the SE redials by itself",
+        )  # fmt: skip
+
+    def drain(self) -> None:
+        """Admits nobody any more."""
+        self.gateway.draining = True
+
+    def view(self) -> ControllerView:
+        """This controller."""
+        return views(
+            self.material,
+            version=__version__,
+            enroll_port=port_of(self.sockets.enroll),
+            ssh_port=port_of(self.sockets.ssh),
+            reverse_port=port_of(self.sockets.reverse),
+            metrics_port=port_of(self.sockets.metrics),
+            pid=os.getpid(),
+            started_at=self.started_at,
+        )
+
+    def problems(self) -> list[str]:
+        """What an operator should look at."""
+        now = self.clock.now()
+        found = []
+        if not self._has_room():
+            reserve = self.settings.controller.disk_reserve_bytes >> 20
+            found.append(f"less than {reserve} MiB of disk are free: enrollments are refused")
+        if not self.clock.synchronised():
+            found.append("the clock isn't synchronised")
+        for what, expires_at in (
+            ("root CA", self.material.authority.expires_at),
+            ("node certificate", self.material.node_certificate_expires_at),
+        ):
+            if expires_at - now < EXPIRY_WARNING_S:
+                found.append(f"the {what} expires in {max(0.0, expires_at - now) / 86400:.0f} days")
+        active = [
+            key
+            for key in self.registry.image_keys()
+            if not key.revoked_at and key.expires_at > now and key.uses < key.max_uses
+        ]
+        if not active:
+            found.append("no image key is active: no new SE can enroll; see `appliance image-key create`")
+        for record, _ in self.fleet:
+            if held := self.fleet.quarantined(record.se_id):
+                found.append(f"{record.name}: a copy from {held[0].source} is in quarantine")
+        return found
+
+    async def _metrics(self, _request: Request, _body: None) -> StreamingResponse:
+        ses = []
+        for record, link in self.fleet:
+            derived, _ = self.fleet.state(record)
+            ses.append(
+                metrics.SeMetrics(
+                    se_id=record.se_id,
+                    name=record.name,
+                    state=derived.state,
+                    up=derived.state in {State.UP, State.DEGRADED, State.UPGRADING},
+                    rtt_s=link.rtt.value if link else None,
+                    heartbeats=link.heartbeats if link else 0,
+                    sample=self.history.latest(record.se_id),
+                )
+            )
+        snapshot = metrics.ControllerMetrics(
+            version=__version__,
+            cluster_id=self.material.cluster.cluster_id,
+            node=self.material.cluster.node,
+            process=host.own_process(),
+            links=self.fleet.links,
+            enrolled=self.enroll_api.granted,
+            refusals=dict(self.enroll_api.refusals),
+            audit_entries=self.registry.audit.count,
+            samples_accepted=self.history.accepted,
+            samples_refused=dict(self.history.refused),
+            certificate_expires_at=float(self.material.node_certificate_expires_at),
+        )
+        return StreamingResponse(metrics.render(snapshot, ses), media_type=metrics.CONTENT_TYPE)
+
+    # Running.
+
+    async def run(self) -> None:
+        """Serves until `stopping` is set."""
+        loop = asyncio.get_running_loop()
+        trust = self.material.trust
+        reserved = [line for node in trust.nodes for line in node.host_keys] + trust.login_keys
+        await self.registry.load(reserved=[ssh_keys.fingerprint(line) for line in reserved])
+        now = int(self.clock.now())
+        for nonce in self.registry.used_nonces:
+            self.nonces.use(nonce, now)
+        if self.material.renewal_due(self.clock.now()):
+            self._renew()
+        listener = TlsListener(
+            self.sockets.enroll,
+            self.tls_context,
+            self.enroll_front,
+            handshake_timeout_s=self.settings.controller.handshake_timeout_s,
+            max_connections=self.settings.controller.max_unauthenticated,
+            max_per_source=self.settings.controller.max_unauthenticated_per_source,
+            on_handshake=self._handshake,
+        )
+        acceptor = await self.gateway.listen(self.sockets.ssh, self.material.files.host_key)
+        operator = await loop.create_unix_server(
+            lambda: self.operator_front.protocol(identify=_actor), sock=self.sockets.operator
+        )
+        metrics_server = await loop.create_server(self.metrics_front.protocol, sock=self.sockets.metrics)
+        tasks = [asyncio.create_task(work, name=name) for name, work in self._services(listener)]
+        try:
+            self._announce()
+            stop = asyncio.create_task(self.stopping.wait())
+            done, _ = await asyncio.wait([stop, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if task is not stop:
+                    _log.error("%s ended by itself", task.get_name())
+                    await task
+        finally:
+            systemd.notify("STOPPING=1")
+            self.drain()
+            acceptor.close()
+            operator.close()
+            metrics_server.close()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self.fleet.close_all("the controller stops")
+            self.operator_front.close()
+            self.metrics_front.close()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.gateway.empty.wait(), STOP_WAIT_S)
+            self.paths.controller_file.unlink(missing_ok=True)
+            self.paths.controller_socket.unlink(missing_ok=True)
+
+    def _services(self, listener: TlsListener) -> list[tuple[str, Coroutine[Any, Any, None]]]:
+        return [
+            ("enroll", listener.run()),
+            ("reverse", self.reverse.run(self.sockets.reverse)),
+            ("watch", self.fleet.watch()),
+            ("renewal", self._renewal()),
+            ("watchdog", self._watchdog()),
+        ]
+
+    def _announce(self) -> None:
+        bound = Bound(
+            pid=os.getpid(),
+            enroll_port=port_of(self.sockets.enroll),
+            ssh_port=port_of(self.sockets.ssh),
+            reverse_port=port_of(self.sockets.reverse),
+            metrics_port=port_of(self.sockets.metrics),
+            socket=str(self.paths.controller_socket),
+            started_at=self.started_at,
+        )
+        write_atomic(self.paths.controller_file, msgspec.json.encode(bound), mode=0o644)
+        text = f"enroll {bound.enroll_port}, ssh {bound.ssh_port}, reverse {bound.reverse_port}"
+        self.health.line("controller", "ready", text, self.material.cluster.addresses)
+        systemd.notify(f"READY=1\nSTATUS={text}")
+        self.events.emit("tunnel", "controller.ready", self.material.cluster.cluster_id, f"controller ready: {text}")
+
+    def _handshake(self, source: str, error: str) -> None:
+        result = StepResult.FAILED if error else StepResult.OK
+        hint = "the SE checks this node's certificate against its own root CA; see its console" if error else ""
+        text = f"TLS handshake failed: {error}" if error else "TLS handshake done"
+        code = "ENROLL-030" if error else ""
+        self.attempts.note(source, Step.TLS, result, at=self.clock.now(), text=text, code=code, hint=hint)
+
+    def _renew(self) -> None:
+        self.material.renew_node_certificate(int(self.clock.now()))
+        tls.reload(self.tls_context, self.material.files.node_certificate, self.material.files.node_key)
+        text = "the node certificate was renewed on the live listener"
+        self.events.emit("enroll", "node.renewed", str(self.material.cluster.node), text)
+
+    async def _renewal(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(RENEW_LOOK_S):
+                    await self.recheck.wait()
+            except TimeoutError:
+                pass
+            self.recheck.clear()
+            try:
+                if self.material.renewal_due(self.clock.now()):
+                    self._renew()
+                else:
+                    tls.reload(self.tls_context, self.material.files.node_certificate, self.material.files.node_key)
+            except ApplianceError as error:
+                _log.error("the node certificate could not be renewed: %s", error.message)
+
+    async def _watchdog(self) -> None:
+        interval_s = systemd.watchdog_interval_s()
+        while interval_s:
+            systemd.notify("WATCHDOG=1")
+            await asyncio.sleep(interval_s)
+        await asyncio.Event().wait()
+
+
+def _actor(transport: Any) -> dict[str, Any]:
+    """Names the local user at the other end of the operator socket."""
+    pid, uid, _gid = unix_peer(transport.get_extra_info("socket"))
+    try:
+        name = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        name = "?"
+    return {"actor": f"{name} (uid {uid}, process {pid})"}
+
+
+def _raise_descriptor_limit() -> None:
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+async def _main(paths: Paths, settings: Settings, clock: Clock) -> None:
+    logging.getLogger("asyncssh").setLevel(logging.ERROR)
+    store = SqliteStore.open(paths.store_file, clock=clock)
+    try:
+        sockets = open_sockets(paths, settings)
+        try:
+            controller = Controller(paths, settings, clock, sockets, store)
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, controller.stopping.set)
+            loop.add_signal_handler(signal.SIGHUP, controller.recheck.set)
+            await controller.run()
+        finally:
+            sockets.close()
+    finally:
+        await store.close()
+
+
+def run(paths: Paths, settings: Settings, *, clock: Clock) -> int:
+    """Runs the controller until SIGTERM or SIGINT; SIGHUP looks at the node certificate.
+
+    Returns:
+        The exit code, 0 after a stop that was asked for.
+
+    Raises:
+        LockedError: another daemon works on this root.
+        StorageError: `controller init` has not run here, or its state is damaged.
+        SettingsError: a port can't be bound.
+    """
+    make_dir(paths.state, mode=0o755)
+    make_dir(paths.run, mode=0o755)
+    with RootLock(paths.lock):
+        Material(Files(paths.controller_state))
+        _raise_descriptor_limit()
+        uvloop.run(_main(paths, settings, clock))
+    return 0

@@ -1,0 +1,267 @@
+"""Stage enroll on HTTPS 8443: nonce, enroll, refresh. Order: rate limit, size, form, signatures, freshness, table,
+store, answer.
+
+Nothing is parsed before the rate limit, nothing believed before the signatures. Which key verifies which signature
+is decided here: the first by the stored image key its `kid` names, the second by the key inside the payload, whose
+fingerprint its `kid` must be.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+
+from appliance.controller.attempts import Attempts
+from appliance.controller.channel import TrustSource
+from appliance.controller.events import Events
+from appliance.controller.nonce import Nonces
+from appliance.controller.rate import Rates
+from appliance.controller.records import SeRecord
+from appliance.controller.registry import Registry
+from appliance.controller.web import Endpoint, ProblemError, Request
+from appliance.errors import StorageError, TrustError
+from appliance.pki import jws as signatures
+from appliance.pki import ssh_keys
+from appliance.pki.authority import Authority
+from appliance.protocol import enroll as said
+from appliance.protocol import jws, seed, strict_json
+from appliance.protocol.address import se_address
+from appliance.protocol.enroll import Decision, EnrollRequest, Grant, NonceAnswer, Pending, RefreshRequest, Refusals
+from appliance.protocol.strict_json import MalformedError
+from appliance.protocol.trust import RECEIPT_TYPE, Receipt
+from appliance.protocol.why import Step, StepResult
+
+_log = logging.getLogger(__name__)
+
+MAX_HOST_KEYS = 4
+MAX_MACS = 32
+PENDING_RETRY_S = 10
+
+
+class EnrollApi:
+    """Answers SEs that have no link yet. One loop only."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        events: Events,
+        attempts: Attempts,
+        *,
+        cluster_id: str,
+        epoch: int,
+        authority: Authority,
+        trust: TrustSource,
+        nonces: Nonces,
+        rates: Rates,
+        interval_s: Callable[[], float],
+        may_store: Callable[[], bool],
+        wall: Callable[[], float],
+        monotonic: Callable[[], float],
+    ) -> None:
+        self._registry = registry
+        self._events = events
+        self._attempts = attempts
+        self._cluster_id = cluster_id
+        self._epoch = epoch
+        self._authority = authority
+        self._trust = trust
+        self._nonces = nonces
+        self._rates = rates
+        self._interval_s = interval_s
+        self._may_store = may_store
+        self._wall = wall
+        self._monotonic = monotonic
+        self.refusals: Counter[str] = Counter()
+        """Refusal code to count, since start."""
+        self.granted = 0
+
+    def endpoints(self) -> list[Endpoint]:
+        """The table of this front end."""
+        errors = (400, 403, 404, 409, 410, 429, 503)
+        return [
+            Endpoint("POST", said.NONCE_PATH, self.nonce, "Get a nonce", {200: NonceAnswer}, errors=(429,)),
+            Endpoint(
+                "POST", said.ENROLL_PATH, self.enroll, "Enroll", {201: Grant, 202: Pending}, bytes, errors=errors
+            ),
+            Endpoint(
+                "POST", said.REFRESH_PATH, self.refresh, "Get the current grant", {200: Grant, 202: Pending}, bytes,
+                errors=errors,
+            ),
+        ]  # fmt: skip
+
+    # Refusing.
+
+    def _refusal(
+        self, request: Request, refusal: Refusals, detail: str = "", *, step: Step = Step.GRANT, said_id: str = ""
+    ) -> ProblemError:
+        source = request.state.source
+        self.refusals[refusal.value.code] += 1
+        fresh = self._nonces.issue(int(self._wall())) if refusal in {Refusals.NONCE_STALE, Refusals.NONCE_USED} else ""
+        if not fresh:
+            self._attempts.note(
+                source, step, StepResult.FAILED, at=self._wall(), attempt_id=_attempt(request), se_id=said_id,
+                code=refusal.value.code, text=f"{refusal.value.title}{': ' + detail if detail else ''}",
+                hint=refusal.value.advice,
+            )  # fmt: skip
+        return ProblemError(refusal.problem(detail=detail, nonce=fresh))
+
+    def _limit(self, request: Request, step: Step) -> None:
+        if not self._rates.allow(request.state.source, self._monotonic()):
+            raise self._refusal(request, Refusals.RATE, step=step)
+
+    # The three requests.
+
+    async def nonce(self, request: Request, _body: None) -> NonceAnswer:
+        """A nonce and the controller's time."""
+        self._limit(request, Step.NONCE)
+        now = int(self._wall())
+        self._attempts.note(
+            request.state.source, Step.NONCE, StepResult.OK, at=self._wall(), attempt_id=_attempt(request),
+            text="nonce handed out",
+        )  # fmt: skip
+        return NonceAnswer(nonce=self._nonces.issue(now), time=now)
+
+    async def enroll(self, request: Request, raw: bytes) -> tuple[int, Grant | Pending]:
+        """The one request that an image key may sign."""
+        self._limit(request, Step.GRANT)
+        if not self._may_store():
+            raise self._refusal(request, Refusals.UNAVAILABLE, "the disk is nearly full")
+        try:
+            signed = jws.parse(raw, types=("image", "se"))
+            # The payload is needed to find the second key; until both signatures hold it decides nothing.
+            wish = strict_json.decode(signed.payload, EnrollRequest, max_bytes=said.MAX_REQUEST_BYTES)
+            check_request(wish)
+        except MalformedError as error:
+            raise self._refusal(request, Refusals.MALFORMED, error.message) from None
+        by_image, by_se = signed.signatures
+        image_key = self._registry.image_key(by_image.header.kid)
+        if image_key is None:
+            raise self._refusal(request, Refusals.IMAGE_KEY_UNKNOWN, by_image.header.kid)
+        thumbprint = ssh_keys.fingerprint(wish.se_key)
+        if by_se.header.kid != thumbprint:
+            raise self._refusal(request, Refusals.MALFORMED, "the second kid is not the fingerprint of the SE's key")
+        if image_key.public_key == wish.se_key:
+            raise self._refusal(request, Refusals.KEY_IN_USE, "one key in both roles")
+        if not signatures.verify(by_image, image_key.public_key):
+            raise self._refusal(request, Refusals.SIGNATURE, "by the image key")
+        if not signatures.verify(by_se, wish.se_key):
+            raise self._refusal(request, Refusals.SIGNATURE, "by the SE's key")
+        self._check_freshness(request, wish.audience, wish.nonce)
+        try:
+            outcome = await self._registry.enroll(
+                wish, thumbprint=thumbprint, image_key_id=image_key.image_key_id, source=request.state.source
+            )
+        except StorageError as error:
+            _log.error("could not store an enrollment: %s", error.message, extra={"stage": "enroll"})
+            raise self._refusal(request, Refusals.UNAVAILABLE, error.message, said_id=wish.se_id) from None
+        record = outcome.record
+        if record is None:
+            refusal = outcome.verdict.refusal or Refusals.MALFORMED
+            if refusal in {Refusals.CONFLICT, Refusals.CLONED_KEY}:
+                text = f"refused {wish.se_id} from {request.state.source}: {refusal.value.title}"
+                self._events.emit("enroll", "enroll.refused", wish.se_id, text)
+            raise self._refusal(request, refusal, said_id=wish.se_id)
+        again = outcome.verdict.decision is not Decision.GRANT_NEW
+        return self._answer(request, record, wish.attempt_id, 201, again=again)
+
+    async def refresh(self, request: Request, raw: bytes) -> tuple[int, Grant | Pending]:
+        """The current grant, for an SE that is enrolled already: its own key is enough."""
+        self._limit(request, Step.GRANT)
+        try:
+            signed = jws.parse(raw, types=("se",))
+            wish = strict_json.decode(signed.payload, RefreshRequest, max_bytes=said.MAX_REQUEST_BYTES)
+        except MalformedError as error:
+            raise self._refusal(request, Refusals.MALFORMED, error.message) from None
+        (by_se,) = signed.signatures
+        record = self._registry.se_by_key(by_se.header.kid)
+        if record is None or record.se_id != wish.se_id:
+            raise self._refusal(request, Refusals.SE_UNKNOWN, said_id=wish.se_id)
+        if not signatures.verify(by_se, record.se_key):
+            raise self._refusal(request, Refusals.SIGNATURE, "by the SE's key", said_id=wish.se_id)
+        self._check_freshness(request, wish.audience, wish.nonce)
+        verdict = said.decide_refresh(record.known)
+        if verdict.refusal is not None:
+            raise self._refusal(request, verdict.refusal, said_id=wish.se_id)
+        return self._answer(request, record, wish.attempt_id, 200, again=True)
+
+    def _check_freshness(self, request: Request, audience: str, nonce: str) -> None:
+        if audience != self._cluster_id:
+            raise self._refusal(request, Refusals.AUDIENCE, f"it names {audience[:64]}, this is {self._cluster_id}")
+        now = int(self._wall())
+        if not self._nonces.is_fresh(nonce, now):
+            raise self._refusal(request, Refusals.NONCE_STALE)
+        if not self._nonces.use(nonce, now):
+            raise self._refusal(request, Refusals.NONCE_USED)
+
+    def _answer(
+        self, request: Request, record: SeRecord, attempt_id: str, status: int, *, again: bool
+    ) -> tuple[int, Grant | Pending]:
+        source = request.state.source
+        if record.status is said.SeStatus.PENDING:
+            text = f"waits for approval, fingerprint {record.thumbprint}"
+            self._attempts.note(
+                source, Step.GRANT, StepResult.WAITING, at=self._wall(), attempt_id=attempt_id, se_id=record.se_id,
+                text=text, hint="an operator must approve this SE",
+            )  # fmt: skip
+            return 202, Pending(se_id=record.se_id, fingerprint=record.thumbprint, retry_after_s=PENDING_RETRY_S)
+        self._attempts.note(
+            source, Step.GRANT, StepResult.OK, at=self._wall(), attempt_id=attempt_id, se_id=record.se_id,
+            text="the same grant again" if again else f"number {record.number} granted",
+        )  # fmt: skip
+        if not again:
+            self.granted += 1
+            text = f"{record.name} enrolled as number {record.number} from {source}, image key {record.image_key_id}"
+            self._events.emit("enroll", "enroll.granted", record.se_id, text)
+        return status, self.grant(record)
+
+    def grant(self, record: SeRecord) -> Grant:
+        """An SE's grant as it stands now, with a receipt signed for it."""
+        receipt = Receipt(
+            cluster_id=self._cluster_id,
+            se_id=record.se_id,
+            thumbprint=record.thumbprint,
+            number=record.number,
+            image_key_id=record.image_key_id,
+            epoch=self._epoch,
+            issued_at=int(record.enrolled_at),
+        )
+        return Grant(
+            cluster_id=self._cluster_id,
+            se_id=record.se_id,
+            name=record.name,
+            number=record.number,
+            address=se_address(record.number),
+            trust=self._trust.envelope,
+            receipt=self._authority.sign(RECEIPT_TYPE, strict_json.encode(receipt)),
+            heartbeat_interval_s=self._interval_s(),
+        )
+
+
+def _attempt(request: Request) -> str:
+    text = request.headers.get(said.ATTEMPT_HEADER, "")
+    return text if said.is_attempt_id(text) else ""
+
+
+def check_request(wish: EnrollRequest) -> None:
+    """Refuses an enrollment whose fields don't hold, each by name. Raises `MalformedError`."""
+    if not said.is_se_id(wish.se_id):
+        raise MalformedError("se_id is no random UUID in canonical form")
+    if not said.is_attempt_id(wish.attempt_id):
+        raise MalformedError("attempt_id is no 16 hex digits")
+    if not 1 <= len(wish.host_keys) <= MAX_HOST_KEYS:
+        raise MalformedError(f"{len(wish.host_keys)} host keys, 1 to {MAX_HOST_KEYS} expected")
+    if len(wish.facts.macs) > MAX_MACS:
+        raise MalformedError(f"{len(wish.facts.macs)} MAC addresses, at most {MAX_MACS} are accepted")
+    facts = (wish.facts.dmi_uuid, wish.facts.instance_id, wish.facts.boot_id, wish.facts.image_digest, *wish.facts.macs)
+    if any(len(fact) > 128 for fact in (*facts, wish.agent_version, wish.token)):
+        raise MalformedError("a fact is longer than 128 characters")
+    if problems := seed.check_hints(wish.hints):
+        raise MalformedError(problems[0])
+    for line in (wish.se_key, *wish.host_keys):
+        try:
+            ssh_keys.parse_public(line)
+        except TrustError as error:
+            raise MalformedError(error.message) from None
+    if wish.se_key in wish.host_keys:
+        raise MalformedError("the SE's key is also its sshd's host key")

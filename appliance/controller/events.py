@@ -1,0 +1,57 @@
+"""Events: what an operator may want to know, newest last, bounded, with a way to wait for the next one.
+
+Events are a convenience and live in memory; what must be provable is in the audit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter, deque
+from collections.abc import Callable
+
+from appliance.protocol.operator import Event
+
+MAX_EVENTS = 10_000
+
+_log = logging.getLogger(__name__)
+
+
+class Events:
+    """The controller's event log. One loop only."""
+
+    def __init__(self, wall: Callable[[], float]) -> None:
+        self._wall = wall
+        self._kept: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self._last_id = 0
+        self._arrived = asyncio.Event()
+        self.counts: Counter[str] = Counter()
+        """Events since start, by kind."""
+
+    def emit(self, stage: str, kind: str, subject: str, text: str) -> None:
+        """Appends an event, logs it, wakes who waits."""
+        self._last_id += 1
+        event = Event(id=self._last_id, time=self._wall(), stage=stage, kind=kind, subject=subject, text=text)
+        self._kept.append(event)
+        self.counts[kind] += 1
+        _log.info(text, extra={"stage": stage, "kind": kind, "subject": subject})
+        self._arrived.set()
+        self._arrived = asyncio.Event()
+
+    def after(self, last_id: int) -> list[Event]:
+        """Returns the kept events with an id above `last_id`, oldest first."""
+        found: list[Event] = []
+        for event in reversed(self._kept):
+            if event.id <= last_id:
+                break
+            found.append(event)
+        return found[::-1]
+
+    async def wait_after(self, last_id: int, *, wait_s: float) -> list[Event]:
+        """Like `after`, but waits up to `wait_s` seconds where there is none yet."""
+        if self._last_id <= last_id and wait_s > 0:
+            try:
+                await asyncio.wait_for(self._arrived.wait(), wait_s)
+            except TimeoutError:
+                return []
+        return self.after(last_id)

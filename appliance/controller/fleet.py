@@ -1,0 +1,305 @@
+"""The fleet as this node sees it: which links are up, what state each SE is in since when, and who went silent.
+
+State is derived by `protocol.fleet.derive` whenever something changed; a change of state becomes an event. The
+watch over silence keeps links ordered by when they were last heard, so each look costs only what is overdue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from appliance.controller.events import Events
+from appliance.controller.link import Link
+from appliance.controller.records import SeRecord
+from appliance.controller.registry import Registry, drift
+from appliance.controller.telemetry import History
+from appliance.protocol import tunnel
+from appliance.protocol.address import se_address
+from appliance.protocol.enroll import SeStatus
+from appliance.protocol.fleet import Derived, Reason, SeSummary, SeView, State, derive, is_rtt_high
+from appliance.protocol.operator import SeDetail
+
+_log = logging.getLogger(__name__)
+
+SWEEP_S = 0.25
+"""How often the fleet looks for overdue links."""
+
+
+class _Memo(NamedTuple):
+    """The state last told, and since when (seconds since 1970)."""
+
+    derived: Derived
+    since: float
+
+
+async def ping(link: Link, deadline_s: float = tunnel.DEADLINE_S) -> bool:
+    """Whether the peer answers a keep-alive request in time (any answer counts, RFC 4254 section 4)."""
+    try:
+        # asyncssh has no public call for one ping with a deadline; tests/contract holds this one in place.
+        await asyncio.wait_for(link.conn._make_global_request(b"keepalive@openssh.com"), deadline_s)  # noqa: SLF001
+    except (TimeoutError, OSError):
+        return False
+    return True
+
+
+class Fleet:
+    """Live state of all SEs at this node. One loop only."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        history: History,
+        events: Events,
+        *,
+        wall: Callable[[], float],
+        monotonic: Callable[[], float],
+        base_interval_s: float,
+    ) -> None:
+        self.registry = registry
+        self.history = history
+        self.events = events
+        self._wall = wall
+        self._monotonic = monotonic
+        self._base_interval_s = base_interval_s
+        self._links: dict[str, Link] = {}
+        self._by_last_seen: OrderedDict[int, Link] = OrderedDict()
+        self._quarantined: dict[str, set[Link]] = {}
+        self._memo: dict[str, _Memo] = {}
+        self._lost: dict[str, tuple[Reason, str]] = {}
+        self._last_heartbeat: dict[str, float] = {}
+        self._pinging: set[asyncio.Task[None]] = set()
+        self.started_at = wall()
+        self.heartbeats = 0
+        """Answered since start."""
+        self.missed = 0
+        """Links given up because of silence."""
+
+    # What links do.
+
+    @property
+    def interval_s(self) -> float:
+        """The heartbeat interval for a fleet of this size."""
+        return tunnel.heartbeat_interval(len(self._links), self._base_interval_s)
+
+    @property
+    def links(self) -> int:
+        """Admitted links."""
+        return len(self._links)
+
+    def link(self, se_id: str) -> Link | None:
+        """The admitted link of an SE."""
+        return self._links.get(se_id)
+
+    def age_s(self, link: Link) -> float:
+        """Seconds since a link logged in."""
+        return self._monotonic() - link.opened_at
+
+    def last_heartbeat_at(self, se_id: str) -> float:
+        """When an SE's newest heartbeat came, seconds since 1970; 0 where none came."""
+        return self._last_heartbeat.get(se_id, 0.0)
+
+    def quarantined(self, se_id: str) -> list[Link]:
+        """Links held in quarantine with that SE's key."""
+        return list(self._quarantined.get(se_id, ()))
+
+    def admit(self, link: Link) -> None:
+        """Makes `link` the SE's link; an older one is closed."""
+        older = self._links.get(link.se_id)
+        self._links[link.se_id] = link
+        self._lost.pop(link.se_id, None)
+        self._by_last_seen[link.link_id] = link
+        if older is not None and older is not link:
+            self._by_last_seen.pop(older.link_id, None)
+            older.close(Reason.LINK_LOST, f"the SE came back from {link.source}")
+        self.look(link.se_id)
+
+    def quarantine(self, link: Link) -> None:
+        """Holds `link` as a suspected copy."""
+        link.quarantined = True
+        self._quarantined.setdefault(link.se_id, set()).add(link)
+        self._by_last_seen[link.link_id] = link
+        self.look(link.se_id)
+
+    def seen(self, link: Link) -> None:
+        """A sign of life."""
+        link.last_seen = self._monotonic()
+        if link.link_id in self._by_last_seen:
+            self._by_last_seen.move_to_end(link.link_id)
+
+    def heartbeat(self, link: Link, *, rtt_s: float, skew_s: float, spool_bytes: int) -> None:
+        """A heartbeat arrived."""
+        now = self._monotonic()
+        self.seen(link)
+        link.heartbeats += 1
+        self.heartbeats += 1
+        if rtt_s > 0:
+            link.rtt.add(rtt_s, now)
+        link.skew_s, link.spool_bytes = skew_s, spool_bytes
+        if not link.quarantined:
+            self._last_heartbeat[link.se_id] = self._wall()
+            self.look(link.se_id)
+
+    def lost(self, link: Link) -> None:
+        """The connection is gone."""
+        self._by_last_seen.pop(link.link_id, None)
+        held = self._quarantined.get(link.se_id)
+        if held is not None:
+            held.discard(link)
+            if not held:
+                del self._quarantined[link.se_id]
+        if self._links.get(link.se_id) is link:
+            del self._links[link.se_id]
+            self._lost[link.se_id] = (link.lost_reason, link.lost_text)
+        self.look(link.se_id)
+
+    # The watch over silence.
+
+    async def watch(self) -> None:
+        """Pings links that are overdue and gives up those that don't answer; runs until cancelled."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            self._sweep()
+
+    def _sweep(self) -> None:
+        now = self._monotonic()
+        allowed_s = self.interval_s + tunnel.DEADLINE_S
+        for link in list(self._by_last_seen.values()):
+            if now - link.last_seen < allowed_s:
+                break
+            # Popped until it answers, so that one ping at a time is under way.
+            del self._by_last_seen[link.link_id]
+            task = asyncio.create_task(self._last_call(link))
+            self._pinging.add(task)
+            task.add_done_callback(self._pinging.discard)
+
+    async def _last_call(self, link: Link) -> None:
+        silent_since = link.last_seen
+        if await ping(link, tunnel.DEADLINE_S - SWEEP_S) or link.last_seen > silent_since:
+            self._by_last_seen[link.link_id] = link
+            self.seen(link)
+            return
+        self.missed += 1
+        silence_s = self._monotonic() - silent_since
+        link.close(Reason.HEARTBEAT_MISSED, f"nothing heard for {silence_s:.1f} s, and a ping went unanswered")
+
+    # What an operator sees.
+
+    def _view(self, record: SeRecord) -> SeView:
+        link = self._links.get(record.se_id)
+        held = self._quarantined.get(record.se_id)
+        default = (Reason.CONTROLLER_RESTARTED, "no link since the controller started")
+        reason, text = self._lost.get(record.se_id, default)
+        return SeView(
+            status=record.status,
+            ever_confirmed=record.confirmed_at > 0,
+            link=link.view() if link else None,
+            lost_reason=reason,
+            lost_text=text,
+            was_rtt_high=link.was_rtt_high if link else False,
+            clone_of=", ".join(sorted(entry.source for entry in held)) if held else "",
+        )
+
+    def look(self, se_id: str) -> Derived | None:
+        """Derives an SE's state; a change becomes an event."""
+        record = self.registry.se(se_id)
+        if record is None:
+            return None
+        derived = derive(self._view(record))
+        link = self._links.get(se_id)
+        if link is not None:
+            link.was_rtt_high = is_rtt_high(link.rtt.value, was_high=link.was_rtt_high)
+        memo = self._memo.get(se_id)
+        if memo is None or (memo.derived.state, memo.derived.reason) != derived[:2]:
+            since = self._wall() if memo is not None or link is not None else record.status_at or record.enrolled_at
+            if derived.reason is Reason.CONTROLLER_RESTARTED:
+                since = self.started_at
+            self._memo[se_id] = _Memo(derived, since)
+            if memo is not None:
+                was = memo.derived.state.value
+                text = f"{record.name} {was} -> {derived.state.value} ({derived.reason.value}): {derived.text}"
+                self.events.emit("tunnel", "se.state", record.se_id, text)
+        return derived
+
+    def state(self, record: SeRecord) -> tuple[Derived, float]:
+        """An SE's state and since when."""
+        derived = self.look(record.se_id) or derive(self._view(record))
+        return derived, self._memo[record.se_id].since
+
+    def counts(self) -> Counter[str]:
+        """Number of SEs by state."""
+        return Counter(self.state(record)[0].state.value for record in self.registry.ses())
+
+    def summary(self, record: SeRecord) -> SeSummary:
+        """One line of the fleet."""
+        derived, since = self.state(record)
+        link = self._links.get(record.se_id)
+        figures = self.history
+        return SeSummary(
+            se_id=record.se_id,
+            name=record.name,
+            number=record.number,
+            address=se_address(record.number),
+            state=derived.state,
+            reason=derived.reason,
+            text=derived.text,
+            since=since,
+            rtt_s=link.rtt.value if link else None,
+            cpu_pct=figures.cpu_pct(record.se_id),
+            memory_used_bytes=figures.memory_used_bytes(record.se_id),
+            memory_total_bytes=figures.memory_total_bytes(record.se_id),
+            uptime_s=figures.uptime_s(record.se_id),
+            labels=record.labels,
+            agent_version=(link.agent_version if link else "") or record.agent_version,
+            image_key_id=record.image_key_id,
+            enrolled_at=record.enrolled_at,
+            source=link.source if link else record.source,
+        )
+
+    def detail(self, record: SeRecord) -> SeDetail:
+        """One SE, whole."""
+        held = self.quarantined(record.se_id)
+        alarms = [f"a copy with this SE's key is linked from {entry.source}, in quarantine" for entry in held]
+        if record.ticket_superseded:
+            alarms.append("the SE came back with an older link ticket (snapshot or restored disk)")
+        return SeDetail(
+            summary=self.summary(record),
+            status=record.status.value,
+            thumbprint=record.thumbprint,
+            se_key=record.se_key,
+            host_keys=record.host_keys,
+            facts=record.seen_facts if record.confirmed_at else record.facts,
+            confirmed_at=record.confirmed_at,
+            last_heartbeat_at=self.last_heartbeat_at(record.se_id),
+            drift=drift(record),
+            alarms=alarms,
+        )
+
+    def close_se(self, record: SeRecord, text: str) -> int:
+        """Closes every link of an SE that was revoked or deleted; returns how many."""
+        links = self.quarantined(record.se_id)
+        if (link := self._links.get(record.se_id)) is not None:
+            links.append(link)
+        for entry in links:
+            entry.close(Reason.REVOKED, text)
+        if record.status is SeStatus.DELETED:
+            self.history.drop(record.se_id)
+        self.look(record.se_id)
+        return len(links)
+
+    def close_all(self, text: str) -> None:
+        """Closes every link, for a stop."""
+        for link in [*self._links.values(), *(entry for held in self._quarantined.values() for entry in held)]:
+            link.close(Reason.LINK_LOST, text)
+
+    def __iter__(self) -> Iterator[tuple[SeRecord, Link | None]]:
+        """Iterates over (record, link or None) of all SEs."""
+        for record in self.registry.ses():
+            yield record, self._links.get(record.se_id)
+
+    def is_up(self, record: SeRecord) -> bool:
+        """Whether the reverse path may be used: linked, confirmed, not in quarantine."""
+        return self.state(record)[0].state in {State.UP, State.DEGRADED, State.UPGRADING}

@@ -1,0 +1,122 @@
+"""One link: an authenticated SSH connection from an SE, as the controller sees it.
+
+Holds what the fleet's state is derived from. Decides nothing; who changes what is written at each field.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from appliance.protocol.fleet import LinkView, Reason
+
+if TYPE_CHECKING:
+    import asyncssh
+
+_log = logging.getLogger(__name__)
+
+RTT_WINDOW_S = 30.0
+"""Two windows of this length make up 'the last minute' of the RTT minimum."""
+
+
+class RttMinimum:
+    """Minimum RTT of the last 30 to 60 seconds, in two numbers a link instead of a list."""
+
+    __slots__ = ("_before", "_current", "_since")
+
+    def __init__(self) -> None:
+        self._since = 0.0
+        self._current: float | None = None
+        self._before: float | None = None
+
+    def add(self, rtt_s: float, now: float) -> None:
+        """Notes one round trip; `now` is monotonic."""
+        if now - self._since >= RTT_WINDOW_S:
+            self._before = self._current if now - self._since < 2 * RTT_WINDOW_S else None
+            self._current = None
+            self._since = now
+        self._current = rtt_s if self._current is None else min(self._current, rtt_s)
+
+    @property
+    def value(self) -> float | None:
+        """Seconds, or None where nothing was measured yet."""
+        known = [rtt for rtt in (self._current, self._before) if rtt is not None]
+        return min(known) if known else None
+
+
+class Link:
+    """The state of one link. Times are monotonic seconds unless said otherwise."""
+
+    __slots__ = (
+        "agent_version",
+        "channels",
+        "confirmed",
+        "conn",
+        "heartbeats",
+        "hello_done",
+        "last_seen",
+        "link_id",
+        "lost_reason",
+        "lost_text",
+        "opened_at",
+        "quarantined",
+        "reverse_error",
+        "reverse_granted",
+        "reverse_ok",
+        "rtt",
+        "se_id",
+        "skew_s",
+        "source",
+        "spool_bytes",
+        "ticket",
+        "trust_version",
+        "was_rtt_high",
+    )
+
+    def __init__(
+        self, conn: asyncssh.SSHServerConnection, *, link_id: int, se_id: str, source: str, now: float
+    ) -> None:
+        self.conn = conn
+        self.link_id = link_id
+        self.se_id = se_id
+        self.source = source
+        self.opened_at = now
+        self.last_seen = now
+        self.channels = 0
+        """Open channels the SE asked for."""
+        self.hello_done = False
+        self.ticket = ""
+        """Handed out in hello, awaits its confirmation."""
+        self.confirmed = False
+        self.quarantined = False
+        self.heartbeats = 0
+        self.rtt = RttMinimum()
+        self.was_rtt_high = False
+        self.skew_s = 0.0
+        self.spool_bytes = 0
+        self.trust_version = 0
+        self.agent_version = ""
+        self.reverse_granted = False
+        """The SE asked for its own reverse address."""
+        self.reverse_ok: bool | None = None
+        self.reverse_error = ""
+        self.lost_reason = Reason.LINK_LOST
+        self.lost_text = ""
+
+    def view(self) -> LinkView:
+        """What the fleet's derivation sees."""
+        return LinkView(
+            confirmed=self.confirmed,
+            heartbeats=self.heartbeats,
+            reverse_ok=self.reverse_ok,
+            rtt_s=self.rtt.value,
+            skew_s=self.skew_s,
+            spool_bytes=self.spool_bytes,
+            reverse_error=self.reverse_error,
+        )
+
+    def close(self, reason: Reason, text: str) -> None:
+        """Closes the link now; a peer that no longer reads can't hold it up."""
+        if not self.lost_text:
+            self.lost_reason, self.lost_text = reason, text
+        self.conn.abort()

@@ -1,0 +1,251 @@
+"""Accepting HTTP: uvicorn's httptools protocol object behind our own guard, on TLS, unix sockets and SSH channels.
+
+uvicorn by itself takes 100 MiB of headers, waits for a body for ever and has no deadline for a TLS handshake
+(FACTS, trap 18). The guard adds those limits. TLS connections are accepted by our own loop, so that a silent client
+costs one counted slot until its deadline and never delays anybody else, and so that a failed handshake is known by
+its source.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import ssl
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from starlette.applications import Starlette
+from uvicorn.config import Config
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
+
+_log = logging.getLogger(__name__)
+
+_ANSWER = b"HTTP/1.1 %d %s\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+
+
+class HttpLimits(NamedTuple):
+    """What one connection may take."""
+
+    max_header_bytes: int
+    max_body_bytes: int
+    header_timeout_s: float
+    """From the first byte of a request (or from connecting) to the end of its headers."""
+    body_timeout_s: float
+    keep_alive_s: int
+
+
+Identify = Callable[[asyncio.Transport], dict[str, Any]]
+"""Says who is at the other end of a fresh connection."""
+
+
+class FrontEnd:
+    """One ASGI application with its limits: makes a protocol object for each connection."""
+
+    def __init__(self, app: Starlette, limits: HttpLimits) -> None:
+        self.limits = limits
+        self.config = Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            timeout_keep_alive=limits.keep_alive_s,
+            server_header=False,
+            date_header=False,
+            proxy_headers=False,
+        )
+        self.config.load()
+        self.server_state = ServerState()
+
+    def protocol(self, *, identify: Identify | None = None, **state: Any) -> GuardedProtocol:
+        """Returns a protocol for one connection; `state`, and what `identify` adds, becomes `request.state`."""
+        return GuardedProtocol(self, state, identify)
+
+    def close(self) -> None:
+        """Closes all connections."""
+        for connection in list(self.server_state.connections):
+            connection.transport.close()
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """HTTP/1.1 with bounds on header bytes, body bytes and the time either may take."""
+
+    def __init__(self, front: FrontEnd, state: dict[str, Any], identify: Identify | None) -> None:
+        super().__init__(front.config, front.server_state, state)
+        self._identify = identify
+        self.access_log = False
+        self._limits = front.limits
+        self._header_bytes = 0
+        self._body_bytes = 0
+        self._reading = ""
+        self._deadline: asyncio.TimerHandle | None = None
+        self.closed: Callable[[], None] | None = None
+        """Called once when the connection is gone."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if self._identify is not None:
+            self.app_state.update(self._identify(transport))
+        self._arm("headers", self._limits.header_timeout_s)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disarm()
+        self._unset_keepalive_if_required()
+        super().connection_lost(exc)
+        if self.closed is not None:
+            self.closed()
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        if self._reading != "body":
+            self._header_bytes += len(data)
+            if self._reading == "":
+                self._arm("headers", self._limits.header_timeout_s)
+            if self._header_bytes > self._limits.max_header_bytes + self._limits.max_body_bytes:
+                self._refuse(431, b"Request Header Fields Too Large")
+                return
+        super().data_received(data)
+        if self._reading == "headers" and self._header_bytes > self._limits.max_header_bytes:
+            self._refuse(431, b"Request Header Fields Too Large")
+
+    def on_headers_complete(self) -> None:
+        size = sum(len(name) + len(value) + 4 for name, value in self.headers) + len(self.url)
+        if size > self._limits.max_header_bytes:
+            self._refuse(431, b"Request Header Fields Too Large")
+            return
+        declared = next((value for name, value in self.headers if name == b"content-length"), b"0")
+        if declared.isdigit() and int(declared) > self._limits.max_body_bytes:
+            self._refuse(413, b"Content Too Large")
+            return
+        self._header_bytes = 0
+        self._body_bytes = 0
+        self._arm("body", self._limits.body_timeout_s)
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
+        if self.transport.is_closing():
+            return
+        if self._body_bytes > self._limits.max_body_bytes:
+            self._refuse(413, b"Content Too Large")
+            return
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._disarm()
+        if self.cycle is not None and not self.transport.is_closing():
+            super().on_message_complete()
+
+    def _arm(self, reading: str, timeout_s: float) -> None:
+        self._disarm()
+        self._reading = reading
+        self._deadline = self.loop.call_later(timeout_s, self._too_slow)
+
+    def _disarm(self) -> None:
+        self._reading = ""
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _too_slow(self) -> None:
+        self._refuse(408, b"Request Timeout")
+
+    def _refuse(self, status: int, phrase: bytes) -> None:
+        self._disarm()
+        if not self.transport.is_closing():
+            self.transport.write(_ANSWER % (status, phrase))
+            self.transport.close()
+
+
+def peer_address(sock_name: Any) -> str:
+    """The IP address in a peer name, without the IPv4-mapped prefix."""
+    return str(sock_name[0]).removeprefix("::ffff:") if isinstance(sock_name, tuple) else ""
+
+
+class TlsListener:
+    """Accepts TLS connections with a deadline for the handshake and caps on unfinished ones, in all and per source."""
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        context: ssl.SSLContext,
+        front: FrontEnd,
+        *,
+        handshake_timeout_s: float,
+        max_connections: int,
+        max_per_source: int,
+        on_handshake: Callable[[str, str], None],
+    ) -> None:
+        """`on_handshake(source, error)` is told of every handshake; `error` is "" where it worked."""
+        self._sock = sock
+        self._context = context
+        self._front = front
+        self._handshake_timeout_s = handshake_timeout_s
+        self._max = max_connections
+        self._max_per_source = max_per_source
+        self._on_handshake = on_handshake
+        self._open: Counter[str] = Counter()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.refused = 0
+        """Connections closed at once because of a cap."""
+
+    async def run(self) -> None:
+        """Accepts until cancelled."""
+        loop = asyncio.get_running_loop()
+        self._sock.setblocking(False)
+        try:
+            while True:
+                try:
+                    connection, name = await loop.sock_accept(self._sock)
+                except OSError as error:
+                    # Out of descriptors: the backlog keeps them; trying again at once would spin.
+                    _log.error("can't accept on the enrollment port: %s", error)
+                    await asyncio.sleep(0.2)
+                    continue
+                source = peer_address(name)
+                if len(self._tasks) >= self._max or self._open[source] >= self._max_per_source:
+                    self.refused += 1
+                    connection.close()
+                    continue
+                task = asyncio.create_task(self._serve(connection, source))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+        finally:
+            self._front.close()
+            for task in list(self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _serve(self, connection: socket.socket, source: str) -> None:
+        loop = asyncio.get_running_loop()
+        self._open[source] += 1
+        closed = asyncio.Event()
+        try:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            protocol = self._front.protocol(source=source)
+            protocol.closed = closed.set
+            try:
+                await loop.connect_accepted_socket(
+                    lambda: protocol,
+                    connection,
+                    ssl=self._context,
+                    ssl_handshake_timeout=self._handshake_timeout_s,
+                    ssl_shutdown_timeout=2.0,
+                )
+            except (OSError, ssl.SSLError, ConnectionError, TimeoutError) as error:
+                self._on_handshake(source, str(error) or type(error).__name__)
+                return
+            self._on_handshake(source, "")
+            await closed.wait()
+        finally:
+            self._open[source] -= 1
+            if not self._open[source]:
+                del self._open[source]
+            with contextlib.suppress(OSError):
+                connection.close()

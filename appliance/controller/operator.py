@@ -1,0 +1,346 @@
+"""The operator API on the controller's unix socket: what `appliance` commands on the node ask for.
+
+Who may connect is decided by the socket's mode (0660) and group; who did what goes into the audit with the peer's
+user id.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from ipaddress import ip_network
+from typing import Any
+
+import msgspec
+
+from appliance.controller.attempts import Attempts
+from appliance.controller.events import Events
+from appliance.controller.fleet import Fleet
+from appliance.controller.init import make_bundle
+from appliance.controller.material import Material
+from appliance.controller.records import ImageKeyRecord, SeRecord
+from appliance.controller.registry import Registry
+from appliance.controller.web import Endpoint, ProblemError, Request, simple_problem
+from appliance.errors import ApplianceError, NotFoundError, UsageError
+from appliance.protocol.enroll import Policy, SeStatus
+from appliance.protocol.fleet import SeSummary
+from appliance.protocol.operator import (
+    AuditEntry,
+    AuditVerdict,
+    ControllerView,
+    Drained,
+    Event,
+    ImageKeyCreated,
+    ImageKeyRevoked,
+    ImageKeyTermsWish,
+    ImageKeyView,
+    Reasoned,
+    SeDetail,
+    StatusView,
+)
+from appliance.protocol.telemetry import Sample
+from appliance.protocol.why import Chain, Link, Step, StepResult, verdict
+
+MAX_WAIT_S = 60.0
+MAX_AUDIT_PAGE = 10_000
+EXPIRY_WARNING_S = 30 * 86400
+
+
+def _found(error: ApplianceError, status: int) -> ProblemError:
+    return ProblemError(simple_problem(status, error.code, error.message, advice=error.hint))
+
+
+def _number(request: Request, name: str, default: float) -> float:
+    text = request.query_params.get(name, "")
+    try:
+        return float(text) if text else default
+    except ValueError:
+        raise ProblemError(simple_problem(400, "HTTP-400", f"{name}={text!r} is no number")) from None
+
+
+class OperatorApi:
+    """Answers operators. One loop only."""
+
+    def __init__(
+        self,
+        *,
+        material: Material,
+        registry: Registry,
+        fleet: Fleet,
+        events: Events,
+        attempts: Attempts,
+        view: Callable[[], ControllerView],
+        refusals: Callable[[], Counter[str]],
+        problems: Callable[[], list[str]],
+        drain: Callable[[], None],
+        wall: Callable[[], float],
+    ) -> None:
+        self._material = material
+        self._registry = registry
+        self._fleet = fleet
+        self._events = events
+        self._attempts = attempts
+        self._view = view
+        self._refusals = refusals
+        self._problems = problems
+        self._drain = drain
+        self._wall = wall
+
+    def endpoints(self) -> list[Endpoint]:
+        """The table of this front end."""
+        no = (400, 404)
+        return [
+            Endpoint("GET", "/v1/controller", self.controller, "This controller", {200: ControllerView}),
+            Endpoint("GET", "/v1/status", self.status, "The fleet in one look", {200: StatusView}),
+            Endpoint("GET", "/v1/ses", self.ses, "All SEs", {200: list[SeSummary]}),
+            Endpoint("GET", "/v1/ses/{se}", self.se, "One SE", {200: SeDetail}, errors=no),
+            Endpoint("POST", "/v1/ses/{se}/revoke", self.revoke, "Revoke an SE", {200: SeDetail}, Reasoned, errors=no),
+            Endpoint("POST", "/v1/ses/{se}/delete", self.delete, "Delete an SE", {200: SeDetail}, Reasoned, errors=no),
+            Endpoint(
+                "GET", "/v1/ses/{se}/telemetry", self.telemetry, "Recent samples", {200: list[Sample]},
+                query=("since",), errors=no,
+            ),
+            Endpoint("GET", "/v1/why/{subject}", self.why, "The causal chain", {200: Chain}, errors=no),
+            Endpoint("GET", "/v1/image-keys", self.image_keys, "All image keys", {200: list[ImageKeyView]}),
+            Endpoint(
+                "POST", "/v1/image-keys", self.create_image_key, "Make an image key", {201: ImageKeyCreated},
+                ImageKeyTermsWish, errors=(400,),
+            ),
+            Endpoint(
+                "POST", "/v1/image-keys/{key}/revoke", self.revoke_image_key, "Revoke an image key",
+                {200: ImageKeyRevoked}, Reasoned, errors=no,
+            ),
+            Endpoint(
+                "GET", "/v1/events", self.events, "Events, newest last", {200: list[Event]}, query=("after", "wait_s"),
+                errors=(400,),
+            ),
+            Endpoint(
+                "GET", "/v1/audit", self.audit, "Audit entries", {200: list[AuditEntry]}, query=("after", "limit"),
+                errors=(400,),
+            ),
+            Endpoint("GET", "/v1/audit/verify", self.verify, "Check the audit chain", {200: AuditVerdict}),
+            Endpoint("POST", "/v1/drain", self.drain, "Stop admitting", {200: Drained}),
+        ]  # fmt: skip
+
+    def _se(self, request: Request) -> SeRecord:
+        try:
+            return self._registry.find(request.path_params["se"])
+        except (NotFoundError, UsageError) as error:
+            raise _found(error, 404 if isinstance(error, NotFoundError) else 400) from None
+
+    async def controller(self, _request: Request, _body: None) -> ControllerView:
+        """This controller."""
+        return self._view()
+
+    async def status(self, _request: Request, _body: None) -> StatusView:
+        """The fleet in one look."""
+        counts = self._fleet.counts()
+        return StatusView(
+            controller=self._view(),
+            states=dict(counts),
+            links=self._fleet.links,
+            heartbeat_interval_s=self._fleet.interval_s,
+            enrolled=sum(1 for record in self._registry.ses() if record.status is SeStatus.ENROLLED),
+            refusals=dict(self._refusals()),
+            problems=self._problems(),
+        )
+
+    async def ses(self, _request: Request, _body: None) -> list[SeSummary]:
+        """All SEs."""
+        return [self._fleet.summary(record) for record in self._registry.ses()]
+
+    async def se(self, request: Request, _body: None) -> SeDetail:
+        """One SE."""
+        return self._fleet.detail(self._se(request))
+
+    async def _end(self, request: Request, body: Reasoned, status: SeStatus, event: str) -> SeDetail:
+        record = self._se(request)
+        if record.status not in {status, SeStatus.DELETED}:
+            record = await self._registry.set_status(record, status, actor=request.state.actor, reason=body.reason)
+            closed = self._fleet.close_se(record, f"{status.value} by an operator")
+            text = f"{record.name} was {status.value}; {closed} links closed"
+            self._events.emit("enroll", event, record.se_id, text)
+        return self._fleet.detail(record)
+
+    async def revoke(self, request: Request, body: Reasoned) -> SeDetail:
+        """Revokes an SE: its links close at once and it gets no new ones."""
+        return await self._end(request, body, SeStatus.REVOKED, "se.revoked")
+
+    async def delete(self, request: Request, body: Reasoned) -> SeDetail:
+        """Deletes an SE; a tombstone keeps its id, key and number from being used again."""
+        return await self._end(request, body, SeStatus.DELETED, "se.deleted")
+
+    async def telemetry(self, request: Request, _body: None) -> list[Sample]:
+        """Recent samples, oldest first."""
+        return self._fleet.history.recent(self._se(request).se_id, _number(request, "since", 0.0))
+
+    async def why(self, request: Request, _body: None) -> Chain:
+        """The causal chain of an SE, a source address or an attempt id."""
+        subject = request.path_params["subject"]
+        try:
+            record = self._registry.find(subject)
+        except UsageError as error:
+            raise _found(error, 400) from None
+        except NotFoundError:
+            links = self._attempts.chain(subject)
+            if links is None:
+                text = f"nothing is known of {subject!r}"
+                advice = "name an SE, a source address or the attempt id that the SE's console shows"
+                raise ProblemError(simple_problem(404, "NOTFOUND-001", text, advice=advice)) from None
+            return Chain(subject=subject, side="controller", steps=links, verdict=verdict(links))
+        steps = self._chain(record)
+        return Chain(subject=record.name, side="controller", steps=steps, verdict=verdict(steps))
+
+    def _chain(self, record: SeRecord) -> list[Link]:
+        seen = {link.step: link for link in self._attempts.chain(record.se_id) or []}
+        derived, _ = self._fleet.state(record)
+        link = self._fleet.link(record.se_id)
+        ok, waiting, failed = StepResult.OK, StepResult.WAITING, StepResult.FAILED
+        unseen = StepResult.UNSEEN
+        enrolled = record.status is not SeStatus.PENDING
+        steps = [
+            Link(step=Step.BOOT, result=unseen, text=f"boot id {record.seen_facts.boot_id or record.facts.boot_id}"),
+            Link(step=Step.TLS, result=ok, at=record.enrolled_at, text=f"from {record.source}"),
+            Link(step=Step.NONCE, result=ok, at=record.enrolled_at),
+            Link(
+                step=Step.GRANT, result=ok if enrolled else waiting, at=record.enrolled_at,
+                text=f"number {record.number}, image key {record.image_key_id}" if enrolled else derived.text,
+            ),
+            Link(
+                step=Step.STORED, result=ok if record.confirmed_at else unseen, at=record.confirmed_at,
+                text="the SE confirmed its first hello" if record.confirmed_at else "the SE has not said so yet",
+            ),
+        ]  # fmt: skip
+        if record.status is not SeStatus.ENROLLED and enrolled:
+            refused = Link(
+                step=Step.LINK, result=failed, at=record.status_at, text=derived.text, code=derived.reason.value,
+                hint=record.status_reason,
+            )  # fmt: skip
+            return [*steps, refused]
+        if link is None:
+            last = seen.get(Step.LINK)
+            text, code, hint, at = derived.text, derived.reason.value, "", self._fleet.state(record)[1]
+            if last is not None and last.result is failed and last.at >= at:
+                text, code, hint, at = last.text, last.code, last.hint, last.at
+            never = not record.confirmed_at and (last is None or last.result is not failed)
+            return [
+                *steps,
+                Link(step=Step.LINK, result=waiting if never else failed, at=at, text=text, code=code, hint=hint),
+            ]
+        opened_at = self._wall() - self._fleet.age_s(link)
+        beats = link.heartbeats
+        steps += [
+            Link(step=Step.LINK, result=ok, at=opened_at, text=f"from {link.source}"),
+            Link(
+                step=Step.HELLO, result=ok if link.confirmed else waiting, at=opened_at if link.confirmed else 0.0,
+                text=f"agent {link.agent_version}" if link.confirmed else "no confirmed hello yet",
+            ),
+            Link(
+                step=Step.HEARTBEAT, result=ok if beats else waiting, at=self._fleet.last_heartbeat_at(record.se_id),
+                text=f"{beats} answered" if beats else "none yet",
+            ),
+        ]  # fmt: skip
+        if link.reverse_ok is None:
+            return [*steps, Link(step=Step.REVERSE, result=waiting, text="the check is queued")]
+        if not link.reverse_ok:
+            hint = "on the SE: systemctl status ssh; `appliance why` there tells its half"
+            reverse = Link(step=Step.REVERSE, result=failed, text=link.reverse_error, code="REVERSE_DOWN", hint=hint)
+            return [*steps, reverse]
+        return [*steps, Link(step=Step.REVERSE, result=ok, text="its sshd answers with the enrolled host key")]
+
+    # Image keys.
+
+    def _key_view(self, record: ImageKeyRecord) -> ImageKeyView:
+        status = "active"
+        if record.revoked_at:
+            status = "revoked"
+        elif self._wall() >= record.expires_at:
+            status = "expired"
+        elif record.uses >= record.max_uses:
+            status = "used-up"
+        return ImageKeyView(
+            image_key_id=record.image_key_id,
+            policy=record.policy,
+            created_at=record.created_at,
+            expires_at=record.expires_at,
+            max_uses=record.max_uses,
+            uses=record.uses,
+            networks=list(record.networks),
+            note=record.note,
+            status=status,
+        )
+
+    async def image_keys(self, _request: Request, _body: None) -> list[ImageKeyView]:
+        """All image keys."""
+        return [self._key_view(record) for record in self._registry.image_keys()]
+
+    async def create_image_key(self, request: Request, wish: ImageKeyTermsWish) -> ImageKeyCreated:
+        """Makes an image key; its private half is in the answer and nowhere else."""
+        faults = []
+        if wish.policy is not Policy.OPEN:
+            faults.append(f"policy {wish.policy.value!r}: only 'open' is carried out by this version")
+        if not 60 <= wish.expires_in_s <= 10 * 366 * 86400:
+            faults.append(f"expires_in_s {wish.expires_in_s}: from a minute to ten years expected")
+        if not 1 <= wish.max_uses <= 1_000_000:
+            faults.append(f"max_uses {wish.max_uses}: 1 to 1000000 expected")
+        for network in wish.networks:
+            try:
+                ip_network(network)
+            except ValueError as error:
+                faults.append(f"network {network!r}: {error}")
+        if faults:
+            detail = "; ".join(faults)
+            raise ProblemError(simple_problem(400, "USAGE-001", "The terms don't hold", detail=detail))
+        record, identity = await self._registry.create_image_key(wish, actor=request.state.actor)
+        bundle = make_bundle(self._material, record.image_key_id, identity)
+        return ImageKeyCreated(key=self._key_view(record), bundle=bundle)
+
+    async def revoke_image_key(self, request: Request, body: Reasoned) -> ImageKeyRevoked:
+        """Revokes an image key and names the SEs that came by it."""
+        key_id = request.path_params["key"]
+        try:
+            record = await self._registry.revoke_image_key(key_id, actor=request.state.actor, reason=body.reason)
+        except NotFoundError as error:
+            raise _found(error, 404) from None
+        came = [entry for entry in self._registry.ses() if entry.image_key_id == key_id]
+        return ImageKeyRevoked(key=self._key_view(record), ses=[self._fleet.summary(entry) for entry in came])
+
+    # Events and audit.
+
+    async def events(self, request: Request, _body: None) -> list[Event]:
+        """Events after an id; waits where there is none yet."""
+        wait_s = min(max(_number(request, "wait_s", 0.0), 0.0), MAX_WAIT_S)
+        return await self._events.wait_after(int(_number(request, "after", 0.0)), wait_s=wait_s)
+
+    async def audit(self, request: Request, _body: None) -> list[AuditEntry]:
+        """Audit entries, oldest first."""
+        limit = int(min(max(_number(request, "limit", 1000.0), 1.0), MAX_AUDIT_PAGE))
+        return await self._registry.audit.read(after=int(_number(request, "after", 0.0)), limit=limit)
+
+    async def verify(self, _request: Request, _body: None) -> AuditVerdict:
+        """Checks the whole chain."""
+        return await self._registry.audit.verify()
+
+    async def drain(self, _request: Request, _body: Any) -> Drained:
+        """Stops admitting links and enrollments; the open ones stay until the stop."""
+        links = self._fleet.links
+        self._drain()
+        return Drained(links=links)
+
+
+def views(material: Material, **values: Any) -> ControllerView:
+    """Builds the view of this controller from its material and what the daemon bound."""
+    return msgspec.convert(
+        {
+            "cluster_id": material.cluster.cluster_id,
+            "node": material.cluster.node,
+            "epoch": material.cluster.epoch,
+            "root_fingerprint": material.authority.fingerprint,
+            "root_expires_at": material.authority.expires_at,
+            "node_certificate_expires_at": material.node_certificate_expires_at,
+            "trust_version": material.trust.version,
+            "addresses": material.cluster.addresses,
+            **values,
+        },
+        ControllerView,
+    )

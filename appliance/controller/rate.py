@@ -1,0 +1,51 @@
+"""Token buckets: a steady rate with a burst, global and per source. Pure: time is an argument (monotonic seconds)."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+MAX_SOURCES = 4096
+"""Sources remembered at a time; the one not heard of for the longest is forgotten first."""
+
+
+class Bucket:
+    """Holds at most `burst` tokens and gains `rate_per_s` a second."""
+
+    __slots__ = ("_at", "_tokens")
+
+    def __init__(self, burst: float, now: float) -> None:
+        self._tokens = burst
+        self._at = now
+
+    def take(self, now: float, *, rate_per_s: float, burst: float) -> bool:
+        """Takes one token where there is one."""
+        self._tokens = min(burst, self._tokens + max(0.0, now - self._at) * rate_per_s)
+        self._at = now
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
+
+
+class Rates:
+    """One global bucket and one for each source. A thousand VMs behind one NAT are one source: choose bursts so."""
+
+    def __init__(
+        self, *, rate_per_s: float, burst: int, source_rate_per_s: float, source_burst: int, now: float
+    ) -> None:
+        self._rate = (rate_per_s, float(burst))
+        self._source_rate = (source_rate_per_s, float(source_burst))
+        self._global = Bucket(self._rate[1], now)
+        self._sources: OrderedDict[str, Bucket] = OrderedDict()
+
+    def allow(self, source: str, now: float) -> bool:
+        """Whether a request from `source` may pass; the source is asked first so that one can't drain the rest."""
+        bucket = self._sources.get(source)
+        if bucket is None:
+            bucket = self._sources[source] = Bucket(self._source_rate[1], now)
+            if len(self._sources) > MAX_SOURCES:
+                self._sources.popitem(last=False)
+        self._sources.move_to_end(source)
+        if not bucket.take(now, rate_per_s=self._source_rate[0], burst=self._source_rate[1]):
+            return False
+        return self._global.take(now, rate_per_s=self._rate[0], burst=self._rate[1])

@@ -1,0 +1,118 @@
+"""What the controller's store holds, and under which keys.
+
+se/<se_id>            SeRecord
+key/<thumbprint>      se_id: which SE a key belongs to
+number/<number>       se_id, number zero-padded so that a range is in order
+number-next           the next SE number; only ever grows
+image-key/<id>        ImageKeyRecord
+nonce/<nonce>         "", leased until the nonce would be stale anyway
+audit/<node>/<seq>    AuditEntry
+audit-head/<node>     hash of the newest entry
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+
+from appliance.errors import StoreError
+from appliance.protocol.enroll import InstanceFacts, Known, Policy, SeStatus
+from appliance.protocol.tunnel import Tickets
+
+T = TypeVar("T")
+
+SE_PREFIX = "se/"
+KEY_PREFIX = "key/"
+NUMBER_PREFIX = "number/"
+NUMBER_NEXT = "number-next"
+IMAGE_KEY_PREFIX = "image-key/"
+NONCE_PREFIX = "nonce/"
+
+
+class SeRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One SE. Times are seconds since 1970, 0 where it has not happened."""
+
+    se_id: str
+    number: int
+    name: str
+    labels: dict[str, str]
+    se_key: str
+    thumbprint: str
+    host_keys: list[str]
+    image_key_id: str
+    status: SeStatus
+    enrolled_at: float
+    source: str
+    facts: InstanceFacts
+    agent_version: str
+    attempt_id: str = ""
+    confirmed_at: float = 0.0
+    """First confirmed hello; from then on the image key is spent for this SE."""
+    seen_facts: InstanceFacts = InstanceFacts()
+    """Facts of the newest hello, compared with those of the enrollment: drift."""
+    ticket: str = ""
+    ticket_pending: str = ""
+    ticket_superseded: str = ""
+    status_reason: str = ""
+    status_at: float = 0.0
+
+    @property
+    def known(self) -> Known:
+        """What the decision table sees."""
+        return Known(self.se_id, self.thumbprint, self.status, self.confirmed_at > 0)
+
+    @property
+    def tickets(self) -> Tickets:
+        """What the take-over table sees."""
+        return Tickets(self.ticket, self.ticket_pending, self.ticket_superseded)
+
+
+class ImageKeyRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One image key: the public half and its terms."""
+
+    image_key_id: str
+    public_key: str
+    policy: Policy
+    created_at: int
+    expires_at: int
+    max_uses: int
+    uses: int = 0
+    networks: tuple[str, ...] = ()
+    note: str = ""
+    revoked_at: int = 0
+
+
+def se_key(se_id: str) -> str:
+    """Store key of an SE."""
+    return SE_PREFIX + se_id
+
+
+def thumbprint_key(thumbprint: str) -> str:
+    """Store key of the index from SE key to SE."""
+    return KEY_PREFIX + thumbprint
+
+
+def number_key(number: int) -> str:
+    """Store key of the index from number to SE."""
+    return f"{NUMBER_PREFIX}{number:08d}"
+
+
+def image_key_key(image_key_id: str) -> str:
+    """Store key of an image key."""
+    return IMAGE_KEY_PREFIX + image_key_id
+
+
+def encode(record: msgspec.Struct) -> bytes:
+    """A record as it is stored."""
+    return msgspec.json.encode(record)
+
+
+def decode(raw: bytes, kind: type[T], key: str) -> T:
+    """The reverse. Raises `StoreError` naming the key where the value isn't a `kind`."""
+    try:
+        return msgspec.json.decode(raw, type=kind)
+    except msgspec.MsgspecError as error:
+        raise StoreError(
+            f"the store's {key} is no {kind.__name__}: {error}", hint="restore the controller from a backup"
+        ) from None

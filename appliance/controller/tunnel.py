@@ -1,0 +1,335 @@
+"""Stage tunnel, the gateway: an SSH server that knows public keys, two users, and no session at all.
+
+What a link may do is decided for each channel by the link's own SE, not once at log-in (DESIGN section 8):
+
+    direct-tcpip to channel:80      the channel API, served in this process: the link is the identity
+    direct-tcpip to NAME:1          a controller service that the settings name
+    tcpip-forward of its own address and REVERSE_PORT   granted; the one reverse listener serves it
+    anything else                   refused: session, exec, subsystem, agent, X11, streamlocal, tun, foreign addresses
+
+Only Ed25519 keys are accepted: asyncssh doesn't hold a client to `signature_algs` (FACTS, trap 27).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import socket
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import asyncssh
+
+from appliance import settings
+from appliance.controller.attempts import Attempts
+from appliance.controller.fleet import Fleet
+from appliance.controller.link import Link
+from appliance.controller.listener import FrontEnd, peer_address
+from appliance.errors import TrustError
+from appliance.pki import ssh_keys
+from appliance.protocol import tunnel
+from appliance.protocol.address import REVERSE_PORT, se_address
+from appliance.protocol.enroll import SeStatus
+from appliance.protocol.fleet import Reason
+from appliance.protocol.why import Step, StepResult
+
+_log = logging.getLogger(__name__)
+
+MIN_PACKET_BYTES = 1024
+"""A peer that announces smaller packets would make us spend a loop turn on each byte (FACTS, trap 25)."""
+
+SERVICE_PORT = 1
+"""Destination port of channels to named services; the name alone says which."""
+
+
+def refuse(reason: str) -> asyncssh.ChannelOpenError:
+    """The error that refuses a channel open (RFC 4254 section 5.1)."""
+    return asyncssh.ChannelOpenError(asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED, reason)
+
+
+class OwnListener(asyncssh.SSHListener):
+    """Stands for the SE's own reverse address; the one reverse listener does the work."""
+
+    def __init__(self, link: Link) -> None:
+        super().__init__()
+        self._link = link
+
+    def get_port(self) -> int:
+        return REVERSE_PORT
+
+    def close(self) -> None:
+        self._link.reverse_granted = False
+
+    async def wait_closed(self) -> None:
+        return
+
+
+class ChannelSession(asyncssh.SSHTCPSession[bytes]):
+    """Carries one channel's bytes to a protocol object, the guarded HTTP one or a service's socket."""
+
+    def __init__(self, protocol: asyncio.Protocol, on_data: Callable[[], None], on_close: Callable[[], None]) -> None:
+        self._protocol = protocol
+        self._on_data = on_data
+        self._on_close = on_close
+
+    def connection_made(self, chan: asyncssh.SSHTCPChannel[bytes]) -> None:
+        chan.set_write_buffer_limits(high=256 * 1024)
+        self._protocol.connection_made(chan)  # type: ignore[arg-type]
+
+    def data_received(self, data: bytes, datatype: asyncssh.DataType) -> None:  # noqa: ARG002
+        self._on_data()
+        self._protocol.data_received(data)
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._protocol.connection_lost(exc)
+        self._on_close()
+
+    def pause_writing(self) -> None:
+        self._protocol.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._protocol.resume_writing()
+
+
+class Gateway:
+    """The SSH side of the controller. One loop only."""
+
+    def __init__(
+        self,
+        *,
+        terms: settings.Controller,
+        se_user: str,
+        fleet: Fleet,
+        attempts: Attempts,
+        channel_api: FrontEnd,
+        on_lost: Callable[[Link], None],
+        wall: Callable[[], float],
+        monotonic: Callable[[], float],
+    ) -> None:
+        self.terms = terms
+        self.se_user = se_user
+        self.fleet = fleet
+        self.attempts = attempts
+        self.channel_api = channel_api
+        self.on_lost = on_lost
+        self.wall = wall
+        self.monotonic = monotonic
+        self.draining = False
+        self.link_ids = itertools.count(1)
+        self.unauthenticated: Counter[str] = Counter()
+        self.links = 0
+        self.empty = asyncio.Event()
+        """Set while there is no link."""
+        self.empty.set()
+        self.refusals: Counter[str] = Counter()
+        """Refused connections, log-ins, channels and forwards, by kind."""
+
+    async def listen(self, sock: socket.socket, host_key: Path) -> asyncssh.SSHAcceptor:
+        """Starts accepting on a bound socket."""
+        kex = list(tunnel.KEX) + (list(tunnel.KEX_FALLBACK) if self.terms.allow_curve25519 else [])
+        return await asyncssh.listen(
+            sock=sock,
+            server_factory=lambda: Peer(self),
+            server_host_keys=[str(host_key)],
+            server_version="appliance",
+            kex_algs=kex,
+            encryption_algs=list(tunnel.CIPHERS),
+            mac_algs=["hmac-sha2-256-etm@openssh.com"],
+            compression_algs=["none"],
+            signature_algs=["ssh-ed25519"],
+            public_key_auth=True,
+            password_auth=False,
+            kbdint_auth=False,
+            host_based_auth=False,
+            gss_host=None,
+            agent_forwarding=False,
+            x11_forwarding=False,
+            allow_scp=False,
+            login_timeout=self.terms.login_timeout_s,
+            backlog=4096,
+        )
+
+
+class Peer(asyncssh.SSHServer):
+    """One incoming connection: unauthenticated first, a link afterwards."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+        self._conn: asyncssh.SSHServerConnection | None = None
+        self._source = ""
+        self._counted = False
+        self._se_id = ""
+        self._link: Link | None = None
+
+    # Connection and log-in.
+
+    def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
+        self._conn = conn
+        self._source = peer_address(conn.get_extra_info("peername"))
+        gateway = self._gateway
+        waiting = gateway.unauthenticated
+        if (
+            gateway.draining
+            or gateway.links >= gateway.terms.max_links
+            or waiting.total() >= gateway.terms.max_unauthenticated
+            or waiting[self._source] >= gateway.terms.max_unauthenticated_per_source
+        ):
+            gateway.refusals["connection"] += 1
+            conn.abort()
+            return
+        waiting[self._source] += 1
+        self._counted = True
+
+    def _no_longer_waiting(self) -> None:
+        if self._counted:
+            self._counted = False
+            waiting = self._gateway.unauthenticated
+            waiting[self._source] -= 1
+            if not waiting[self._source]:
+                del waiting[self._source]
+
+    def begin_auth(self, username: str) -> bool:
+        if username != self._gateway.se_user:
+            # asyncssh goes on with authentication; no key will fit, and the attempt is told to `why`.
+            self._refused_login(f"unknown user {username[:32]!r}")
+        return True
+
+    def public_key_auth_supported(self) -> bool:
+        return True
+
+    def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
+        if username != self._gateway.se_user:
+            return False
+        try:
+            line = b" ".join(key.export_public_key("openssh").split()[:2]).decode()
+            ssh_keys.parse_public(line)
+        except (TrustError, asyncssh.KeyExportError, UnicodeDecodeError):
+            self._refused_login("the key is no Ed25519 key")
+            return False
+        record = self._gateway.fleet.registry.se_by_key(ssh_keys.fingerprint(line))
+        if record is None:
+            self._refused_login(f"the key {ssh_keys.fingerprint(line)} is not enrolled")
+            return False
+        if record.status is not SeStatus.ENROLLED:
+            self._refused_login(f"{record.name} is {record.status.value}", record.se_id)
+            return False
+        self._se_id = record.se_id
+        return True
+
+    def _refused_login(self, text: str, se_id: str = "") -> None:
+        self._gateway.refusals["login"] += 1
+        self._gateway.attempts.note(
+            self._source, Step.LINK, StepResult.FAILED, at=self._gateway.wall(), se_id=se_id, code="TUNNEL-010",
+            text=f"log-in refused: {text}", hint="see `appliance se list`; an SE must enroll before it links",
+        )  # fmt: skip
+
+    def auth_completed(self) -> None:
+        self._no_longer_waiting()
+        gateway, conn = self._gateway, self._conn
+        record = gateway.fleet.registry.se(self._se_id)
+        # Checked again: the SE may have been revoked while it proved its key.
+        if conn is None or record is None or record.status is not SeStatus.ENROLLED:
+            self._refused_login("no longer enrolled", self._se_id)
+            if conn is not None:
+                conn.abort()
+            return
+        conn.set_keepalive(0, 3)
+        self._link = Link(
+            conn, link_id=next(gateway.link_ids), se_id=self._se_id, source=self._source, now=gateway.monotonic()
+        )
+        gateway.links += 1
+        gateway.empty.clear()
+        gateway.attempts.note(
+            self._source, Step.LINK, StepResult.OK, at=gateway.wall(), se_id=self._se_id, text="logged in"
+        )
+        # A link that never says hello must not stay.
+        asyncio.get_running_loop().call_later(gateway.terms.login_timeout_s, self._hello_deadline)
+
+    def _hello_deadline(self) -> None:
+        if self._link is not None and not self._link.hello_done:
+            self._link.close(Reason.LINK_LOST, "no hello came over the link")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._no_longer_waiting()
+        link, self._link = self._link, None
+        if link is not None:
+            self._gateway.links -= 1
+            if not self._gateway.links:
+                self._gateway.empty.set()
+            if not link.lost_text:
+                link.lost_reason = Reason.LINK_LOST if exc else Reason.CLOSED_BY_SE
+                link.lost_text = f"the connection broke: {exc}" if exc else "the SE closed the link"
+            self._gateway.on_lost(link)
+        elif exc is not None and self._counted is False and not self._se_id:
+            self._gateway.attempts.note(
+                self._source, Step.LINK, StepResult.FAILED, at=self._gateway.wall(), code="TUNNEL-011",
+                text=f"the SSH connection ended before log-in: {exc}", hint="check what speaks to the SSH port",
+            )  # fmt: skip
+        self._conn = None
+
+    # What a link may open.
+
+    def session_requested(self) -> bool:
+        self._gateway.refusals["session"] += 1
+        raise refuse("no sessions here")
+
+    def unix_connection_requested(self, dest_path: str) -> bool:  # noqa: ARG002
+        self._gateway.refusals["streamlocal"] += 1
+        raise refuse("no stream-local forwarding here")
+
+    def unix_server_requested(self, listen_path: str) -> bool:  # noqa: ARG002
+        self._gateway.refusals["streamlocal"] += 1
+        return False
+
+    def server_requested(self, listen_host: str, listen_port: int) -> OwnListener | bool:
+        link = self._link
+        record = self._gateway.fleet.registry.se(self._se_id)
+        if (
+            link is None
+            or record is None
+            or link.quarantined
+            or listen_host != se_address(record.number)
+            or listen_port != REVERSE_PORT
+        ):
+            self._gateway.refusals["forward"] += 1
+            _log.warning(
+                "refused to listen on %s:%d for %s", listen_host, listen_port, self._se_id, extra={"stage": "tunnel"}
+            )
+            return False
+        link.reverse_granted = True
+        return OwnListener(link)
+
+    def connection_requested(
+        self, dest_host: str, dest_port: int, _orig_host: str, _orig_port: int
+    ) -> tuple[asyncssh.SSHTCPChannel[bytes], Awaitable[ChannelSession]]:
+        link, conn = self._link, self._conn
+        if link is None or conn is None:
+            raise refuse("not a link yet")
+        if link.channels >= self._gateway.terms.max_channels_per_link:
+            self._gateway.refusals["channel"] += 1
+            raise refuse(f"at most {self._gateway.terms.max_channels_per_link} channels a link")
+        if (dest_host, dest_port) != (tunnel.CHANNEL_HOST, tunnel.CHANNEL_PORT):
+            self._gateway.refusals["channel"] += 1
+            raise refuse(f"no channels to {dest_host}:{dest_port}")
+        channel = conn.create_tcp_channel()
+        return channel, self._open(link, channel)
+
+    async def _open(self, link: Link, channel: asyncssh.SSHTCPChannel[bytes]) -> ChannelSession:
+        # The announced packet size has no public name; asyncssh sets it before it awaits this coroutine.
+        if channel._send_pktsize < MIN_PACKET_BYTES:  # noqa: SLF001
+            self._gateway.refusals["channel"] += 1
+            raise refuse(f"packets of at least {MIN_PACKET_BYTES} bytes expected")
+        link.channels += 1
+        gateway = self._gateway
+
+        def closed() -> None:
+            link.channels -= 1
+
+        return ChannelSession(
+            gateway.channel_api.protocol(link=link, source=link.source), lambda: gateway.fleet.seen(link), closed
+        )

@@ -1,0 +1,169 @@
+"""HTTP front ends: routes made from msgspec structs, refusals as problem documents, OpenAPI 3.1 from the same table.
+
+One `Endpoint` is one line of a front end's table. The server side of every front end, whatever carries it (TLS, a unix
+socket, a channel of a link), is the same guarded protocol object, see `listener`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+from appliance import __version__
+from appliance.errors import ApplianceError
+from appliance.protocol import problem as problems
+from appliance.protocol import strict_json
+from appliance.protocol.problem import Problem
+
+JSON = "application/json"
+
+_log = logging.getLogger(__name__)
+
+
+class ProblemError(ApplianceError):
+    """An answer that isn't the wanted one."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.title, hint=problem.advice, code=problem.code)
+        self.problem = problem
+
+
+Handler = Callable[[Request, Any], Awaitable[Any]]
+
+
+class Endpoint(NamedTuple):
+    """One operation. `handler(request, body)` returns an `answer`, a `(status, answer)` pair or a Response."""
+
+    method: str
+    path: str
+    handler: Handler
+    summary: str
+    answers: dict[int, Any]
+    """Status to type of the answer; problems need not be listed."""
+    body: Any = None
+    """Struct type of the request body, `bytes` for raw ones, None where there is none."""
+    query: tuple[str, ...] = ()
+    errors: tuple[int, ...] = ()
+
+
+def problem_response(problem: Problem) -> Response:
+    """Renders a problem document; a problem that waiting helps carries Retry-After (RFC 9110 section 10.2.3)."""
+    headers = {"Retry-After": str(problem.retry_after_s)} if problem.retry_after_s else {}
+    return Response(
+        msgspec.json.encode(problem), status_code=problem.status, media_type=problems.CONTENT_TYPE, headers=headers
+    )
+
+
+def simple_problem(status: int, code: str, title: str, *, detail: str = "", advice: str = "") -> Problem:
+    """A problem that belongs to no stage's table."""
+    return Problem(type=f"/problems/{code}", title=title, status=status, code=code, detail=detail, advice=advice)
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Reads a body of at most `max_bytes`."""
+    chunks = bytearray()
+    async for chunk in request.stream():
+        chunks += chunk
+        if len(chunks) > max_bytes:
+            raise ProblemError(
+                simple_problem(413, "HTTP-413", "The body is too large", detail=f"at most {max_bytes} bytes")
+            )
+    return bytes(chunks)
+
+
+def _route(endpoint: Endpoint, max_body: int) -> Route:
+    async def run(request: Request) -> Response:
+        try:
+            body: Any = None
+            if endpoint.body is not None:
+                body = await read_body(request, max_body)
+                if endpoint.body is not bytes:
+                    body = strict_json.decode(body or b"{}", endpoint.body, max_bytes=max_body)
+            answer = await endpoint.handler(request, body)
+        except ProblemError as error:
+            return problem_response(error.problem)
+        except strict_json.MalformedError as error:
+            return problem_response(simple_problem(400, error.code, "The request is malformed", detail=error.message))
+        except ClientDisconnect:
+            return Response(status_code=400)
+        except ApplianceError as error:
+            status = 503 if error.retryable else 500
+            _log.error("%s %s: %s", endpoint.method, endpoint.path, error.message)
+            return problem_response(
+                simple_problem(status, error.code, "The controller could not do that", detail=error.message)
+            )
+        if isinstance(answer, Response):
+            return answer
+        status, value = answer if isinstance(answer, tuple) else (next(iter(endpoint.answers)), answer)
+        return Response(msgspec.json.encode(value), status_code=status, media_type=JSON)
+
+    return Route(endpoint.path, run, methods=[endpoint.method], include_in_schema=False)
+
+
+async def _http_error(_request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    detail = error.detail if isinstance(error, HTTPException) else ""
+    return problem_response(simple_problem(status, f"HTTP-{status}", detail or "The request can't be served"))
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    _log.error("unexpected error in %s %s", request.method, request.url.path, exc_info=error)
+    return problem_response(simple_problem(500, "HTTP-500", "The controller failed on this request"))
+
+
+def application(title: str, endpoints: Sequence[Endpoint], *, max_body: int, documented: bool = False) -> Starlette:
+    """Builds the ASGI application of one front end; `documented` adds GET /v1/openapi.json."""
+    routes = [_route(endpoint, max_body) for endpoint in endpoints]
+    if documented:
+        document = msgspec.json.encode(openapi(title, endpoints))
+
+        async def serve_document(_request: Request) -> Response:
+            return Response(document, media_type=JSON)
+
+        routes.append(Route("/v1/openapi.json", serve_document, methods=["GET"]))
+    return Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _unexpected})
+
+
+def openapi(title: str, endpoints: Sequence[Endpoint]) -> dict[str, Any]:
+    """Returns an OpenAPI 3.1 document of `endpoints`, schemas by msgspec (so `additionalProperties: false` stays)."""
+    kinds = [kind for entry in endpoints for kind in (*entry.answers.values(), entry.body) if kind not in {None, bytes}]
+    schemas, components = msgspec.json.schema_components([*kinds, Problem], ref_template="#/components/schemas/{name}")
+    rendered = iter(schemas)
+    paths: dict[str, Any] = {}
+    for entry in endpoints:
+        responses: dict[str, Any] = {}
+        for status, kind in entry.answers.items():
+            responses[str(status)] = {"description": entry.summary}
+            if kind not in {None, bytes}:
+                responses[str(status)]["content"] = {JSON: {"schema": next(rendered)}}
+        reference = {"$ref": "#/components/schemas/Problem"}
+        for status in entry.errors:
+            content = {problems.CONTENT_TYPE: {"schema": reference}}
+            responses[str(status)] = {"description": "problem", "content": content}
+        operation: dict[str, Any] = {"summary": entry.summary, "responses": responses}
+        names = [part[1:-1] for part in entry.path.split("/") if part.startswith("{")]
+        operation["parameters"] = [
+            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
+        ] + [{"name": name, "in": "query", "schema": {"type": "number"}} for name in entry.query]
+        if entry.body is bytes:
+            operation["requestBody"] = {"required": True, "content": {"application/jose+json": {"schema": {}}}}
+        elif entry.body is not None:
+            operation["requestBody"] = {"required": True, "content": {JSON: {"schema": next(rendered)}}}
+        paths.setdefault(entry.path, {})[entry.method.lower()] = operation
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": title, "version": __version__},
+        "paths": paths,
+        "components": {"schemas": components},
+    }
+
+
+__all__ = ["Endpoint", "ProblemError", "Request", "Response", "StreamingResponse", "application", "openapi"]

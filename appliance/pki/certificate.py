@@ -2,6 +2,9 @@
 
 The cluster and the node stand in a URI name: `appliance://<cluster-id>` on a root, `appliance://<cluster-id>/node/<n>`
 on a node. Whether a certificate is signed by anybody is not decided here (`pki.tls`).
+
+Foreign bytes are parsed under `except Exception`: cryptography raises a dozen unrelated kinds for them (a certificate
+whose version number is 2 raises `InvalidVersion`, which is no `ValueError`).
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ def load_pem(pem: str | bytes) -> x509.Certificate:
     raw = pem.encode() if isinstance(pem, str) else pem
     try:
         found = x509.load_pem_x509_certificates(raw)
-    except ValueError:
+    except Exception:  # noqa: BLE001 - foreign bytes, see above
         raise TrustError("no PEM certificate can be read", hint="the file is damaged or of another kind") from None
     if len(found) != 1:
         raise TrustError(f"{len(found)} certificates in one PEM text, exactly 1 expected")
@@ -66,7 +69,7 @@ def load_der(der: bytes) -> x509.Certificate:
     """Loads a DER certificate. Raises `TrustError`."""
     try:
         return x509.load_der_x509_certificate(der)
-    except ValueError:
+    except Exception:  # noqa: BLE001 - foreign bytes, see above
         raise TrustError("the certificate can't be read") from None
 
 
@@ -80,7 +83,7 @@ def terms_of(certificate: x509.Certificate) -> CertificateTerms:
         extensions = certificate.extensions
         key = certificate.public_key()
         subject = certificate.subject.rfc4514_string()
-    except Exception as error:  # noqa: BLE001 - foreign bytes: cryptography raises a dozen unrelated kinds here
+    except Exception as error:  # noqa: BLE001 - foreign bytes, see above
         raise TrustError(f"the certificate can't be read: {error}") from None
     uris: list[str] = []
     is_authority = serves_tls = False

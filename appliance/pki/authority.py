@@ -14,7 +14,6 @@ from ipaddress import ip_address
 from typing import Final, NamedTuple
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -111,7 +110,7 @@ class Authority:
         root = certificate.load_pem(cert_pem)
         try:
             key = serialization.load_pem_private_key(key_pem, passphrase.reveal() if passphrase else None)
-        except (ValueError, TypeError, UnsupportedAlgorithm):
+        except Exception:  # noqa: BLE001 - damaged: ValueError, TypeError, UnsupportedAlgorithm or InternalError
             raise TrustError(
                 "the root key can't be read: damaged, or the passphrase is missing, wrong or not needed",
                 hint="give the passphrase that was set when the cluster was made",

@@ -16,7 +16,6 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -152,7 +151,7 @@ def load_private(pem: bytes) -> Ed25519PrivateKey:
         load = serialization.load_ssh_private_key
     try:
         key = load(pem, password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except Exception:  # noqa: BLE001 - a damaged file raises ValueError, TypeError, UnsupportedAlgorithm or InternalError
         raise TrustError(
             "the private key can't be read: damaged, encrypted, or no OpenSSH or PKCS #8 file",
             hint="restore it from a backup, or make a new one",

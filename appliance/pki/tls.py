@@ -105,8 +105,9 @@ def client_context(roots: Sequence[str]) -> ssl.SSLContext:
     context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_TICKET
     context.check_hostname = False
     context.verify_mode = ssl.CERT_REQUIRED
-    context.verify_flags |= _NO_CHECK_TIME | ssl.VERIFY_X509_STRICT
+    # In this order: `~` of an IntFlag leaves out bits it has no name for, and with them _NO_CHECK_TIME.
     context.verify_flags &= ~ssl.VERIFY_X509_PARTIAL_CHAIN
+    context.verify_flags |= _NO_CHECK_TIME | ssl.VERIFY_X509_STRICT
     context.set_alpn_protocols(["http/1.1"])
     for root in roots:
         context.load_verify_locations(cadata=load_pem(root).public_bytes(serialization.Encoding.DER))

@@ -241,3 +241,19 @@ def test_a_damaged_private_key_file_is_refused_and_never_quoted(position: int, p
     with pytest.raises(TrustError, match="can't be read: damaged") as caught:
         ssh_keys.load_private(PRIVATE[:position] + patch)
     assert caught.value.__suppress_context__
+
+
+KEY = ed25519.Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+PKCS8_DER = KEY.private_bytes(serialization.Encoding.DER, PKCS8, OPEN)
+
+
+@given(st.integers(0, len(PKCS8_DER) - 33), st.integers(0, 255))
+def test_a_private_key_with_a_changed_byte_is_the_key_or_refused(position: int, byte: int) -> None:
+    """Position stays before the key's own bytes: changed there, it is just another key."""
+    damaged = PKCS8_DER[:position] + bytes([byte]) + PKCS8_DER[position + 1 :]
+    pem = b"-----BEGIN PRIVATE KEY-----\n" + base64.b64encode(damaged) + b"\n-----END PRIVATE KEY-----\n"
+    try:
+        loaded = ssh_keys.load_private(pem)
+    except TrustError:
+        return
+    assert loaded.private_bytes_raw() == KEY.private_bytes_raw()

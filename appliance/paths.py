@@ -34,6 +34,11 @@ class Paths:
         return self.state / "mode"
 
     @property
+    def mode_lock(self) -> Path:
+        """Held while the mode is being changed."""
+        return self.state / "mode.lock"
+
+    @property
     def lock(self) -> Path:
         """Held by the one daemon that works on this root."""
         return self.state / "lock"

@@ -1,0 +1,172 @@
+"""The roles as systemd units: fitted to this machine's settings, installed, enabled, stopped.
+
+The texts of the units are given by the caller; their user names, ports and the path of the program are the defaults,
+and are replaced by what the settings say (`render`).
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+import shlex
+import stat
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from appliance.errors import ModeError
+from appliance.paths import Paths
+from appliance.protocol.address import format_endpoint, parse_endpoint
+from appliance.runtime import child
+from appliance.runtime.mode import STOP_TIMEOUT_S, BareMachine, Mode, stop_holder
+from appliance.settings import Settings
+from appliance.storage.atomic import make_dir, write_atomic
+
+SYSUSERS = "appliance.sysusers"
+UNITS: Mapping[Mode, tuple[str, ...]] = {
+    Mode.CONTROLLER: (
+        "appliance-gateway.socket",
+        "appliance-enroll.socket",
+        "appliance-reverse.socket",
+        "appliance-controller.service",
+    ),
+    Mode.SE: ("appliance-se.service",),
+    Mode.NONE: (),
+}
+_SYSTEMCTL_TIMEOUT_S = 120.0
+
+
+def why_not_systemd(paths: Paths) -> str:
+    """Returns why the units can't be used here, a clause; "" where they can."""
+    if str(paths.root) != "/":
+        return "this instance's root isn't /"
+    if not Path("/run/systemd/system").is_dir():  # sd_booted(3)
+        return "this machine wasn't booted with systemd"
+    if os.geteuid() != 0:
+        return "this takes root"
+    return ""
+
+
+def render(name: str, text: str, *, settings: Settings, command: Sequence[str]) -> str:
+    """Returns a unit's text with this machine's users, ports and program. Pure."""
+    users = {"aviseuser": settings.users.se, "avictlruser": settings.users.controller}
+    text = re.sub("|".join(users), lambda match: users[match[0]], text)
+    # % and $ mean something in ExecStart= (systemd.service(5)).
+    start = shlex.join(command).replace("%", "%%").replace("$", "$$")
+    text = text.replace("ExecStart=/usr/bin/appliance ", f"ExecStart={start} ")
+    listen = {
+        "appliance-gateway.socket": settings.controller.ssh_listen,
+        "appliance-enroll.socket": settings.controller.enroll_listen,
+        "appliance-reverse.socket": f"0.0.0.0:{settings.controller.reverse_port}",
+    }.get(name)
+    if listen is not None:
+        endpoint = format_endpoint(*parse_endpoint(listen, default_port=0))
+        text = re.sub(r"^ListenStream=.*$", lambda _: f"ListenStream={endpoint}", text, flags=re.MULTILINE)
+    return text
+
+
+class SystemdMachine:
+    """This machine with systemd, for root.
+
+    Args:
+        paths: of the instance.
+        settings: users and ports that go into the units.
+        units: file name to text, as shipped.
+        progress: is told what goes on.
+        etc: where the administrator's units lie.
+    """
+
+    def __init__(
+        self,
+        paths: Paths,
+        settings: Settings,
+        *,
+        units: Mapping[str, str],
+        progress: Callable[[str], None],
+        etc: Path = Path("/etc"),
+    ) -> None:
+        self._paths = paths
+        self._settings = settings
+        self._units = units
+        self._progress = progress
+        self._unit_directory = etc / "systemd/system"
+        self._sysusers = etc / "sysusers.d/appliance.conf"
+
+    def stop(self) -> list[str]:
+        """Disables and stops the units of all roles, and a daemon that was started by hand."""
+        installed = [unit for units in UNITS.values() for unit in units if (self._unit_directory / unit).exists()]
+        if installed:
+            self._progress("systemd drains and stops the running role")
+            # The sockets too: the next SE's call would start the service again.
+            self._systemctl("disable", "--now", *installed)
+        stop_holder(self._paths, timeout_s=STOP_TIMEOUT_S, progress=self._progress)
+        return []
+
+    def enable(self, role: Mode) -> list[str]:
+        """Makes users, directories and units of `role`, enables and starts it."""
+        if role is Mode.NONE:
+            return []
+        self._make_users()
+        user = self._settings.users.controller if role is Mode.CONTROLLER else self._settings.users.se
+        directory = self._paths.controller_state if role is Mode.CONTROLLER else self._paths.se_state
+        self._give(directory, user)
+        for unit in UNITS[role]:
+            self._install(self._unit_directory / unit, unit)
+        self._systemctl("daemon-reload")
+        self._progress(f"systemd starts the role {role}")
+        self._systemctl("enable", "--now", *UNITS[role])
+        return []
+
+    def _make_users(self) -> None:
+        self._install(self._sysusers, SYSUSERS)
+        child.run(["systemd-sysusers", str(self._sysusers)], timeout_s=30.0)
+
+    def _install(self, path: Path, name: str) -> None:
+        make_dir(path.parent, mode=0o755)
+        text = render(name, self._units[name], settings=self._settings, command=child.self_command())
+        write_atomic(path, text.encode(), mode=0o644)
+
+    def _give(self, directory: Path, user: str) -> None:
+        """Makes the role's directory and lock belong to its user, also what root made there (`controller init`)."""
+        try:
+            entry = pwd.getpwnam(user)
+        except KeyError:
+            raise ModeError(
+                f"there is no user {user!r} on this machine",
+                hint=f"`systemd-sysusers {self._sysusers}` should have made it; see the setting in [users]",
+                code="MODE-007",
+            ) from None
+        make_dir(directory, mode=0o700)
+        for _, _, files, descriptor in os.fwalk(directory):
+            os.fchown(descriptor, entry.pw_uid, entry.pw_gid)
+            for name in files:
+                _give_file(name, descriptor, entry)
+        lock = os.open(self._paths.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            os.fchown(lock, entry.pw_uid, entry.pw_gid)
+        finally:
+            os.close(lock)
+
+    def _systemctl(self, *arguments: str) -> None:
+        child.run(["systemctl", "--no-ask-password", *arguments], timeout_s=_SYSTEMCTL_TIMEOUT_S)
+
+
+def _give_file(name: str, directory: int, entry: pwd.struct_passwd) -> None:
+    """Gives one plain file away; links stay, for what they lead to may be anybody's (root walks here)."""
+    descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        found = os.fstat(descriptor)
+        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+            os.chown(f"/proc/self/fd/{descriptor}", entry.pw_uid, entry.pw_gid)
+    finally:
+        os.close(descriptor)
+
+
+def machine_of(
+    paths: Paths, settings: Settings, *, units: Mapping[str, str], progress: Callable[[str], None]
+) -> SystemdMachine | BareMachine:
+    """Returns the machine as it is: with systemd's help where it can be had."""
+    why = why_not_systemd(paths)
+    if why:
+        return BareMachine(paths, why=why, progress=progress)
+    return SystemdMachine(paths, settings, units=units, progress=progress)

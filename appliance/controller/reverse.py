@@ -36,7 +36,7 @@ CHECK_TIMEOUT_S = 15.0
 CHECK_AGAIN_S = (2.0, 5.0, 15.0, 30.0)
 """Pauses after failed checks; the last one repeats."""
 
-SSHD_KEX = ("sntrup761x25519-sha512@openssh.com", "mlkem768x25519-sha256", "curve25519-sha256")
+SSHD_KEX = ("mlkem768x25519-sha256", "curve25519-sha256")
 """Key exchanges for the check: those of the OpenSSH versions that Debian 12 and later ship."""
 
 
@@ -178,7 +178,12 @@ class ReversePath:
     def _start(self, work: Any) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("a reverse connection failed unexpectedly", exc_info=error, extra={"stage": "tunnel"})
 
     def _target(self, connection: socket.socket, peer: tuple[str, int]) -> Link | None:
         """The link that a connection leads to, or None where it leads nowhere or may not."""

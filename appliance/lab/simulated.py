@@ -1,0 +1,277 @@
+"""One simulated SE: the real protocol, many in one process. Enrolls over TLS, links over SSH, says hello, beats,
+serves the reverse path.
+
+What is simulated is the machine, not the protocol: keys, signatures, certificates, tickets and channels are real.
+All SEs of a process share one SSH server behind their reverse paths and one host's telemetry. State is kept in
+memory, so a process that ends takes its SEs with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+import asyncssh
+import msgspec
+
+from appliance import __version__
+from appliance.errors import EnrollError, TunnelError, UnreachableError
+from appliance.pki import jws, tls
+from appliance.pki.identity import Identity
+from appliance.pki.trust import verify_trust
+from appliance.protocol import enroll, strict_json, tunnel
+from appliance.protocol.address import REVERSE_PORT, parse_endpoint
+from appliance.protocol.enroll import EnrollRequest, Grant, InstanceFacts, NonceAnswer, RefreshRequest
+from appliance.protocol.problem import Problem
+from appliance.protocol.seed import Bundle, Hints
+from appliance.protocol.trust import TrustNode
+from appliance.protocol.tunnel import Confirm, ConfirmAnswer, Heartbeat, HeartbeatAnswer, Hello, HelloAnswer
+
+T = TypeVar("T")
+
+MAX_ANSWER_BYTES = 1024 * 1024
+REQUEST_TIMEOUT_S = 30.0
+
+
+class Answer(NamedTuple):
+    """Status and body of one HTTP answer."""
+
+    status: int
+    body: bytes
+
+    def decode(self, kind: type[T]) -> T:
+        """The body as a `kind`. Raises `EnrollError` with the problem's code where the answer is a problem document."""
+        if self.status >= 400:
+            try:
+                problem = msgspec.json.decode(self.body, type=Problem)
+            except msgspec.MsgspecError:
+                raise EnrollError(f"status {self.status} without a problem document") from None
+            raise EnrollError(f"{problem.title}: {problem.detail}", hint=problem.advice, code=problem.code)
+        return strict_json.decode(self.body, kind, max_bytes=MAX_ANSWER_BYTES)
+
+
+async def exchange(reader: Any, writer: Any, path: str, body: bytes, *, headers: str = "") -> Answer:
+    """Sends one POST and reads its answer, over a TLS stream or a channel (both have asyncio's stream methods)."""
+    writer.write(
+        f"POST {path} HTTP/1.1\r\nHost: controller\r\nContent-Type: application/json\r\n{headers}"
+        f"Content-Length: {len(body)}\r\n\r\n".encode()
+        + body
+    )
+    head = (await reader.readuntil(b"\r\n\r\n")).decode("ascii").split("\r\n")
+    status = int(head[0].split(" ")[1])
+    length = next(int(line.split(":")[1]) for line in head if line.lower().startswith("content-length:"))
+    return Answer(status, await reader.readexactly(length) if length else b"")
+
+
+@dataclass
+class Beats:
+    """What a simulated SE, or all of a process, measured."""
+
+    answered: int = 0
+    lost: int = 0
+    """Links lost with a heartbeat unanswered."""
+    rtts_s: list[float] = field(default_factory=list)
+
+
+class SimulatedSe:
+    """One SE of the simulated fleet."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        name: str,
+        host_key: str,
+        sshd_port: int,
+        beats: Beats,
+        telemetry: Callable[[], list[str]] = list,
+        user: str = "aviseuser",
+    ) -> None:
+        """`host_key` is the public line of the SSH server at `sshd_port`, which all SEs of a process share."""
+        self.bundle = bundle
+        self.name = name
+        self.identity = Identity.create()
+        self.se_id = str(uuid.uuid4())
+        self.attempt_id = uuid.uuid4().hex[:16]
+        self.host_key = host_key
+        self.sshd_port = sshd_port
+        self.beats = beats
+        self.telemetry = telemetry
+        self.user = user
+        self.grant: Grant | None = None
+        self.ticket = ""
+        self.spent = False
+        self.links = 0
+        self.conn: asyncssh.SSHClientConnection | None = None
+        self.interval_s = 5.0
+        self._channel: tuple[Any, Any] | None = None
+        self._sequence = 0
+        self._rtt_s = 0.0
+        self.facts = InstanceFacts(boot_id=str(uuid.uuid4()), instance_id=name)
+
+    # enroll
+
+    async def _tls(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        host, port = parse_endpoint(self.bundle.controllers[0], default_port=8443)
+        context = tls.client_context([self.bundle.root_ca])
+        reader, writer = await asyncio.open_connection(host, port, ssl=context, ssl_handshake_timeout=REQUEST_TIMEOUT_S)
+        session: ssl.SSLObject = writer.get_extra_info("ssl_object")
+        der = session.getpeercert(binary_form=True) or b""
+        tls.check_peer(der, cluster_id=self.bundle.cluster_id, revoked_node_keys=())
+        return reader, writer
+
+    def signed_enrollment(self, nonce: str) -> bytes:
+        """The JWS of an enrollment with `nonce`."""
+        request = EnrollRequest(
+            audience=self.bundle.cluster_id,
+            nonce=nonce,
+            se_id=self.se_id,
+            se_key=self.identity.public_line,
+            host_keys=[self.host_key],
+            facts=self.facts,
+            agent_version=__version__,
+            attempt_id=self.attempt_id,
+            hints=Hints(name=self.name),
+        )
+        image = Identity.from_pkcs8(self.bundle.image_key.encode())
+        signers = [("image", self.bundle.image_key_id, image), ("se", self.identity.thumbprint, self.identity)]
+        return jws.sign(strict_json.encode(request), signers)  # type: ignore[arg-type]
+
+    def signed_refresh(self, nonce: str) -> bytes:
+        """The JWS of a refresh with `nonce`."""
+        request = RefreshRequest(
+            audience=self.bundle.cluster_id, nonce=nonce, se_id=self.se_id, agent_version=__version__,
+            attempt_id=self.attempt_id,
+        )  # fmt: skip
+        return jws.sign(strict_json.encode(request), [("se", self.identity.thumbprint, self.identity)])
+
+    async def ask(self, path: str, make: Callable[[str], bytes]) -> Answer:
+        """Gets a nonce and posts what `make` signs with it, on one connection."""
+        header = f"{enroll.ATTEMPT_HEADER}: {self.attempt_id}\r\n"
+        reader, writer = await self._tls()
+        try:
+            async with asyncio.timeout(REQUEST_TIMEOUT_S):
+                nonce = (await exchange(reader, writer, enroll.NONCE_PATH, b"", headers=header)).decode(NonceAnswer)
+                return await exchange(reader, writer, path, make(nonce.nonce), headers=header)
+        finally:
+            writer.close()
+            with contextlib.suppress(OSError, ssl.SSLError):
+                await writer.wait_closed()
+
+    async def enroll(self) -> Grant:
+        """Enrolls, and checks the grant's trust document. Raises `EnrollError` with the refusal's code."""
+        answer = await self.ask(enroll.ENROLL_PATH, self.signed_enrollment)
+        self.grant = answer.decode(Grant)
+        self._trust()
+        return self.grant
+
+    async def refresh(self) -> Grant:
+        """Gets the current grant with the SE's key alone."""
+        self.grant = (await self.ask(enroll.REFRESH_PATH, self.signed_refresh)).decode(Grant)
+        return self.grant
+
+    def _trust(self) -> TrustNode:
+        if self.grant is None:
+            raise EnrollError("this SE has no grant yet")
+        return verify_trust(self.grant.trust, anchors=[self.bundle.root_ca], current=None).nodes[0]
+
+    # tunnel
+
+    async def connect(self) -> asyncssh.SSHClientConnection:
+        """Logs in and asks for the reverse address; says nothing yet."""
+        node = self._trust()
+        host, port = parse_endpoint(node.ssh[0], default_port=22)
+        keys = [asyncssh.import_public_key(line) for line in node.host_keys]
+        try:
+            self.conn = await asyncssh.connect(
+                host,
+                port,
+                username=self.user,
+                client_keys=[asyncssh.import_private_key(self.identity.openssh().reveal())],
+                known_hosts=(keys, [], []),
+                kex_algs=list(tunnel.KEX),
+                encryption_algs=[tunnel.CIPHERS[0]],
+                server_host_key_algs=["ssh-ed25519"],
+                agent_path=None,
+                config=None,
+                login_timeout=REQUEST_TIMEOUT_S,
+            )
+        except (OSError, asyncssh.Error) as error:
+            raise UnreachableError(f"no link to {host}:{port}: {error}") from error
+        return self.conn
+
+    async def open_reverse(self) -> None:
+        """Asks for this SE's own reverse address and serves it from the shared SSH server."""
+        if self.conn is None or self.grant is None:
+            raise TunnelError("no connection yet")
+        await self.conn.forward_remote_port(self.grant.address, REVERSE_PORT, "127.0.0.1", self.sshd_port)
+
+    async def say(self, path: str, message: Any, kind: type[T]) -> T:
+        """One request over the channel API. Raises `EnrollError` for a problem document."""
+        if self.conn is None:
+            raise TunnelError("no connection yet")
+        if self._channel is None:
+            reader, writer = await self.conn.open_connection(tunnel.CHANNEL_HOST, tunnel.CHANNEL_PORT)
+            self._channel = (reader, writer)
+        reader, writer = self._channel
+        return (await exchange(reader, writer, path, strict_json.encode(message))).decode(kind)
+
+    async def hello(self) -> HelloAnswer:
+        """Says hello with the ticket this SE has."""
+        message = Hello(
+            protocol=tunnel.PROTOCOL_NUMBER,
+            agent_version=__version__,
+            facts=self.facts,
+            ticket=self.ticket,
+            trust_version=1,
+            time=time.time(),
+            host_keys=[self.host_key],
+            links=self.links,
+        )
+        answer = await self.say(tunnel.HELLO_PATH, message, HelloAnswer)
+        self.links += 1
+        self.interval_s = answer.heartbeat_interval_s
+        return answer
+
+    async def link(self) -> HelloAnswer:
+        """Connects, says hello and confirms: after this the link is as good as up."""
+        await self.connect()
+        await self.open_reverse()
+        answer = await self.hello()
+        if not answer.quarantined:
+            # A real SE stores the ticket before it confirms.
+            self.ticket = answer.ticket
+            confirmed = await self.say(tunnel.CONFIRM_PATH, Confirm(ticket=answer.ticket), ConfirmAnswer)
+            self.spent = confirmed.spent
+        return answer
+
+    async def beat(self, *, telemetry: bool = False) -> HeartbeatAnswer:
+        """One heartbeat."""
+        self._sequence += 1
+        started = time.monotonic()
+        message = Heartbeat(
+            sequence=self._sequence,
+            time=time.time(),
+            rtt_s=self._rtt_s,
+            telemetry=self.telemetry() if telemetry else [],
+            trust_version=1,
+        )
+        answer = await self.say(tunnel.HEARTBEAT_PATH, message, HeartbeatAnswer)
+        self._rtt_s = time.monotonic() - started
+        self.beats.rtts_s.append(self._rtt_s)
+        self.beats.answered += 1
+        self.interval_s = answer.interval_s
+        return answer
+
+    def close(self) -> None:
+        """Drops the link at once."""
+        self._channel = None
+        if self.conn is not None:
+            self.conn.abort()
+            self.conn = None

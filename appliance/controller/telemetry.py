@@ -134,7 +134,7 @@ class History:
             kept = self._ses[se_id] = _Kept()
         kept.latest = text
         kept.figures = figures(sample)
-        if abs(sample.time - now) > self._history_s or not kept.insert(sample.time, text):
+        if abs(sample.time - now) >= self._history_s or not kept.insert(sample.time, text):
             return
         if now >= kept.thin_at:
             kept.thin(oldest=now - self._history_s, full_from=now - FULL_S)

@@ -34,13 +34,14 @@ import msgspec
 from appliance.errors import TelemetryError
 
 MAX_TEXT_CHARS = 16 * 1024
-MAX_DECODED_BYTES = 32 * 1024
+MAX_DECODED_BYTES = 64 * 1024
 """Of one sample after decompression: a small text can't ask for more."""
 MAX_POINTS = 256
 MAX_ATTRIBUTE_CHARS = 64
 MAX_TIME_S = 253_402_300_799
 """The last second of the year 9999, which is as far as calendars reach."""
-_MAX_SCALED = 2**63
+_MAX_SCALED = 10**18
+"""In the last digit of a metric. A float holds it exactly, so what `decode` lets through can be encoded again."""
 
 
 class Fault(NamedTuple):
@@ -318,7 +319,7 @@ def _place(name: str, attributes: tuple[str, ...]) -> tuple[int, Metric]:
 
 
 def _check_scaled(metric: Metric, scaled: int) -> None:
-    if not (-_MAX_SCALED if metric.signed else 0) <= scaled < _MAX_SCALED:
+    if not (-_MAX_SCALED if metric.signed else 0) <= scaled <= _MAX_SCALED:
         raise Faults.VALUE.error(f"{metric.name} is {scaled}e-{metric.digits}")
 
 

@@ -1,0 +1,258 @@
+"""Client of the operator API: HTTP/1.1 over the controller's unix socket, in the shapes of `protocol.operator`.
+
+Every request has one deadline over all of it. What can go wrong ends here as an error of our tree that says what to
+do: no daemon, no permission, no answer in time, a refusal (a problem document becomes the error class its code
+belongs to, with its advice as hint), an answer of another version.
+"""
+
+from __future__ import annotations
+
+import grp
+import http.client
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import quote, urlencode
+
+import msgspec
+
+from appliance.errors import ApplianceError, NotFoundError, UnreachableError, UsageError
+from appliance.protocol.fleet import SeSummary
+from appliance.protocol.operator import (
+    AuditEntry,
+    AuditVerdict,
+    ControllerView,
+    Drained,
+    Event,
+    ImageKeyCreated,
+    ImageKeyRevoked,
+    ImageKeyTermsWish,
+    ImageKeyView,
+    Reasoned,
+    SeDetail,
+    StatusView,
+)
+from appliance.protocol.problem import Problem
+from appliance.protocol.telemetry import Sample
+from appliance.protocol.why import Chain
+
+T = TypeVar("T")
+
+DEADLINE_S = 15.0
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+"""20,000 SEs are 15 MB."""
+
+_MAX_SOCKET_PATH = 107
+"""sun_path of unix(7) less its closing NUL."""
+
+
+class Operator:
+    """The controller on this machine, as its operator sees it.
+
+    All methods raise `UnreachableError` where no controller answers, `NotFoundError` and `UsageError` for a subject it
+    doesn't know or can't tell apart, and other errors of the tree for other refusals.
+    """
+
+    def __init__(self, socket_path: Path, *, deadline_s: float = DEADLINE_S) -> None:
+        self._path = socket_path
+        self._deadline_s = deadline_s
+
+    def controller(self) -> ControllerView:
+        """This controller."""
+        return self._get("/v1/controller", ControllerView)
+
+    def status(self) -> StatusView:
+        """The fleet in one look."""
+        return self._get("/v1/status", StatusView)
+
+    def ses(self) -> list[SeSummary]:
+        """All SEs."""
+        return self._get("/v1/ses", list[SeSummary])
+
+    def se(self, subject: str) -> SeDetail:
+        """One SE by number, name, se_id or address."""
+        return self._get(f"/v1/ses/{_part(subject)}", SeDetail)
+
+    def revoke_se(self, subject: str, *, reason: str) -> SeDetail:
+        """Closes the SE's links and admits no new one."""
+        return self._post(f"/v1/ses/{_part(subject)}/revoke", SeDetail, Reasoned(reason=reason))
+
+    def delete_se(self, subject: str, *, reason: str) -> SeDetail:
+        """Revokes the SE for good; a tombstone stays."""
+        return self._post(f"/v1/ses/{_part(subject)}/delete", SeDetail, Reasoned(reason=reason))
+
+    def telemetry(self, subject: str, *, since: float = 0.0) -> list[Sample]:
+        """An SE's recent history, oldest first. `since` is seconds since 1970."""
+        return self._get(f"/v1/ses/{_part(subject)}/telemetry", list[Sample], since=since)
+
+    def why(self, subject: str) -> Chain:
+        """The causal chain of an SE, source address or attempt id."""
+        return self._get(f"/v1/why/{_part(subject)}", Chain)
+
+    def image_keys(self) -> list[ImageKeyView]:
+        """All image keys."""
+        return self._get("/v1/image-keys", list[ImageKeyView])
+
+    def create_image_key(self, wish: ImageKeyTermsWish) -> ImageKeyCreated:
+        """A new image key; the answer is the one time that its private half is seen."""
+        return self._post("/v1/image-keys", ImageKeyCreated, wish)
+
+    def revoke_image_key(self, image_key_id: str, *, reason: str) -> ImageKeyRevoked:
+        """Nobody new comes in by this key; tells who did."""
+        return self._post(f"/v1/image-keys/{_part(image_key_id)}/revoke", ImageKeyRevoked, Reasoned(reason=reason))
+
+    def events(self, *, after: int = 0, wait_s: float = 0.0) -> list[Event]:
+        """Events with an id above `after`; held open up to `wait_s` seconds where there is none yet."""
+        return self._get("/v1/events", list[Event], after=after, wait_s=wait_s)
+
+    def audit(self, *, after: int = 0, limit: int = 1000) -> list[AuditEntry]:
+        """At most `limit` audit entries with a sequence above `after`, oldest first."""
+        return self._get("/v1/audit", list[AuditEntry], after=after, limit=limit)
+
+    def verify_audit(self) -> AuditVerdict:
+        """What the controller finds when it checks its own chain; reads all of it, so it may take a minute."""
+        return self._ask("GET", "/v1/audit/verify", AuditVerdict, deadline_s=max(self._deadline_s, 120.0))
+
+    def drain(self) -> Drained:
+        """Stops admitting links and enrollments."""
+        return self._post("/v1/drain", Drained, None)
+
+    def _get(self, path: str, kind: type[T], **query: float) -> T:
+        target = f"{path}?{urlencode(query)}" if query else path
+        return self._ask("GET", target, kind, deadline_s=self._deadline_s + query.get("wait_s", 0.0))
+
+    def _post(self, path: str, kind: type[T], body: object) -> T:
+        raw = b"" if body is None else msgspec.json.encode(body)
+        return self._ask("POST", path, kind, deadline_s=self._deadline_s, body=raw)
+
+    def _ask(self, method: str, target: str, kind: type[T], *, deadline_s: float, body: bytes | None = None) -> T:
+        status, raw = self._exchange(method, target, deadline_s=deadline_s, body=body)
+        if not 200 <= status < 300:
+            raise _refusal(status, raw)
+        try:
+            return msgspec.json.decode(raw, type=kind)
+        except msgspec.MsgspecError as error:
+            raise ApplianceError(
+                f"the controller's answer to {method} {target} is of another shape: {error}",
+                hint="the daemon runs another version than this command; restart it after an upgrade",
+                code="REACH-002",
+            ) from None
+
+    def _exchange(self, method: str, target: str, *, deadline_s: float, body: bytes | None) -> tuple[int, bytes]:
+        until = time.monotonic() + deadline_s
+        with self._explained(deadline_s), _connected(self._path, deadline_s) as connection:
+            headers = {"Content-Type": "application/json"} if body else {}
+            connection.request(method, target, body=body, headers=headers)
+            response = connection.getresponse()
+            raw = bytearray()
+            while chunk := response.read1(1 << 16):
+                raw += chunk
+                if len(raw) > MAX_ANSWER_BYTES:
+                    raise http.client.HTTPException(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
+                if time.monotonic() > until:
+                    raise TimeoutError
+            if response.length:
+                raise http.client.IncompleteRead(bytes(raw), response.length)
+            return response.status, bytes(raw)
+
+    @contextmanager
+    def _explained(self, deadline_s: float) -> Iterator[None]:
+        """Turns what the socket says into an error that says what to do."""
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
+            raise UnreachableError(
+                f"no controller runs here: nobody listens at {self._path}",
+                hint="start it with `systemctl start appliance` (or `appliance run`); "
+                "`journalctl -u appliance -n 50` shows why it stopped",
+            ) from None
+        except PermissionError:
+            raise UnreachableError(
+                f"{self._path} may not be opened by this user",
+                hint=f"be root, or join its group: `sudo usermod -aG {_group(self._path)} $USER` and log in again",
+                code="REACH-003",
+                retryable=False,
+            ) from None
+        except TimeoutError:
+            raise UnreachableError(
+                f"the controller did not answer within {deadline_s:.0f} s",
+                hint="`appliance doctor` and `journalctl -u appliance -n 50` show what it is busy with",
+                code="REACH-004",
+            ) from None
+        except (OSError, http.client.HTTPException) as error:
+            raise UnreachableError(
+                f"the controller broke the connection off: {str(error) or type(error).__name__}",
+                hint="it was stopped or has failed; see `journalctl -u appliance -n 50`",
+                code="REACH-005",
+            ) from None
+
+
+def _part(text: str) -> str:
+    """One path segment; a subject is somebody's word and may hold anything."""
+    if text in {"", ".", ".."}:
+        raise UsageError(f"{text!r} names nothing", hint="give a number, name, se_id, address or attempt id")
+    return quote(text, safe="")
+
+
+def _group(path: Path) -> str:
+    try:
+        return grp.getgrgid(path.stat().st_gid).gr_name
+    except (OSError, KeyError):
+        return "appliance"
+
+
+@contextmanager
+def _connected(path: Path, timeout_s: float) -> Iterator[http.client.HTTPConnection]:
+    """An HTTP connection over the unix socket at `path`. Raises `OSError`."""
+    connection = http.client.HTTPConnection("controller", timeout=timeout_s)
+    directory = -1
+    try:
+        name = str(path)
+        if len(os.fsencode(name)) > _MAX_SOCKET_PATH:  # an instance with a deep root
+            directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            name = f"/proc/self/fd/{directory}/{path.name}"
+        connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.sock.settimeout(timeout_s)
+        connection.sock.connect(name)
+        yield connection
+    finally:
+        connection.close()
+        if directory >= 0:
+            os.close(directory)
+
+
+def _classes(root: type[ApplianceError]) -> Iterator[type[ApplianceError]]:
+    yield root
+    for child in root.__subclasses__():
+        yield from _classes(child)
+
+
+def _refusal(status: int, raw: bytes) -> ApplianceError:
+    """Returns the error for an answer that isn't a success: its class by code, by the code's prefix, or by status."""
+    try:
+        problem = msgspec.json.decode(raw, type=Problem)
+    except msgspec.MsgspecError:
+        problem = Problem(type="", title=f"the controller answered {status}", status=status, code=f"HTTP-{status}")
+    prefix = problem.code.partition("-")[0] + "-"
+    found: type[ApplianceError] = ApplianceError
+    if status == HTTPStatus.NOT_FOUND:
+        found = NotFoundError
+    elif status in {HTTPStatus.BAD_REQUEST, HTTPStatus.CONFLICT}:
+        found = UsageError
+    for kind in reversed(list(_classes(ApplianceError))):
+        if kind.code == problem.code:
+            found = kind
+            break
+        if kind.code.startswith(prefix):
+            found = kind
+    message = f"{problem.title}: {problem.detail}" if problem.detail else problem.title
+    retryable = problem.retry_after_s > 0 or status == HTTPStatus.SERVICE_UNAVAILABLE
+    return found(message, hint=problem.advice, code=problem.code, retryable=retryable)
+
+
+__all__ = ["DEADLINE_S", "Operator"]

@@ -16,20 +16,21 @@ from types import TracebackType
 from appliance.errors import LockedError
 from appliance.storage.atomic import explain, make_dir
 
+_PID_BYTES = 16
 _TRIES = 10
 _PAUSE_S = 0.02
 """`holder` may hold the lock for an instant after an unclean end: worth a second look, not a wait for the other one."""
 
 
 def _read_pid(fd: int) -> int | None:
-    text = os.pread(fd, 32, 0).strip()
+    text = os.pread(fd, _PID_BYTES, 0).strip()
     return int(text) if text.isdigit() else None
 
 
 def _write_pid(fd: int, pid: int | None) -> None:
     # Always the same width, in place: a full disk must neither keep a daemon from starting nor leave a stale pid.
     with contextlib.suppress(OSError):
-        os.pwrite(fd, f"{pid or '':<15}\n".encode(), 0)
+        os.pwrite(fd, f"{pid or ''}".ljust(_PID_BYTES - 1).encode() + b"\n", 0)
 
 
 def _try_lock(fd: int, kind: int) -> bool:

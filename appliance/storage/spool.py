@@ -205,6 +205,9 @@ class Spool:
             self._dropped += max(0, after.first - 1 - max(before.last, self._acknowledged))
         if not self._segments:
             self._segments.append(self._segment(1))
+        newest = self._segments[-1]
+        if newest.last < self._acknowledged:  # or new items would get ids that count as acknowledged
+            newest.first, newest.last = self._acknowledged + 1, self._acknowledged
 
     def _segment(self, first: int) -> _Segment:
         return _Segment(self._directory / f"{first:020d}.seg", first, first - 1, 0)

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from appliance.protocol.fleet import State
-from appliance.protocol.telemetry import CATALOGUE, Kind, Metric, Sample
+from appliance.protocol.telemetry import CATALOGUE, Kind, Metric, Sample, decode
 from appliance.runtime.host import OwnProcess
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -40,8 +40,9 @@ class SeMetrics:
     rtt_s: float | None = None
     heartbeats: int = 0
     """Answered since the controller started."""
-    sample: Sample | None = None
-    """The latest (`History.latest`), its points in the order of the catalogue as `decode` gives them."""
+    sample: Sample | str | None = None
+    """The latest, or its text as `History.latest_text` gives it: that is read while rendering, which may be in another
+    thread than the controller's loop. Points stand in the order of the catalogue, as `decode` gives them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +155,14 @@ def _se_state(ses: Sequence[SeMetrics], texts: Sequence[str]) -> Iterator[_Serie
         yield f'{{{text},state="{se.state.value}"}}', 1
 
 
-def _ses(ses: Sequence[SeMetrics], texts: Sequence[str]) -> Iterator[str]:
+def _shown(se: SeMetrics) -> Sample | None:
+    """Returns the sample to show of an SE."""
+    if not se.up or not se.sample:
+        return None
+    return decode(se.sample) if isinstance(se.sample, str) else se.sample
+
+
+def _ses(ses: Sequence[SeMetrics], texts: Sequence[str], samples: Sequence[Sample | None]) -> Iterator[str]:
     labels = [f"{{{text}}}" for text in texts]
     rows = list(zip(ses, labels, strict=True))
     yield from _family(
@@ -177,7 +185,7 @@ def _ses(ses: Sequence[SeMetrics], texts: Sequence[str]) -> Iterator[str]:
         "appliance_telemetry_timestamp_seconds",
         "gauge",
         "When the figures were taken, by the SE's clock, in seconds since 1970.",
-        ((label, se.sample.time) for se, label in rows if se.up and se.sample),
+        ((label, sample.time) for label, sample in zip(labels, samples, strict=True) if sample),
     )
 
 
@@ -199,8 +207,7 @@ def _host_series(metric: Metric, samples: Sequence[tuple[str, Sample]], cursors:
         cursors[place] = cursor
 
 
-def _hosts(ses: Sequence[SeMetrics], texts: Sequence[str]) -> Iterator[str]:
-    samples = [(text, se.sample) for se, text in zip(ses, texts, strict=True) if se.up and se.sample]
+def _hosts(samples: Sequence[tuple[str, Sample]]) -> Iterator[str]:
     cursors = [0] * len(samples)
     for metric in CATALOGUE:
         kind = "counter" if metric.kind is Kind.COUNTER else "gauge"
@@ -226,7 +233,8 @@ def render(controller: ControllerMetrics, ses: Iterable[SeMetrics]) -> Iterator[
 
     def lines() -> Iterator[str]:
         yield from _controller(controller, states)
-        yield from _ses(fleet, texts)
-        yield from _hosts(fleet, texts)
+        samples = [_shown(se) for se in fleet]
+        yield from _ses(fleet, texts, samples)
+        yield from _hosts([(text, sample) for text, sample in zip(texts, samples, strict=True) if sample])
 
     return _chunks(lines())

@@ -146,6 +146,11 @@ class History:
         kept = self._ses.get(se_id)
         return decode(kept.latest) if kept else None
 
+    def latest_text(self, se_id: str) -> str:
+        """Returns the text of the sample that came last, "" where none ever came."""
+        kept = self._ses.get(se_id)
+        return kept.latest if kept else ""
+
     def recent(self, se_id: str, since: float) -> list[Sample]:
         """Returns the kept samples from the SE's time `since` on, oldest first."""
         kept = self._ses.get(se_id)

@@ -113,6 +113,10 @@ def test_every_point_of_every_se_is_there_once() -> None:
     assert host <= set(families)
 
 
+def test_a_sample_may_come_as_its_text() -> None:
+    assert _read(_se(sample=encode(typical())), _se(2, sample="")) == _read(_se(), _se(2, sample=None))
+
+
 def test_types_and_help_come_from_the_catalogue() -> None:
     families = _read(_se())
     for metric in CATALOGUE:

@@ -27,6 +27,7 @@ def test_latest_and_recent() -> None:
     texts = [encode(small(NOW + second)) for second in range(3)]
     assert history.accept("a", texts, NOW + 2) == 3
     assert history.latest("a") == small(NOW + 2)
+    assert history.latest_text("a") == texts[2]
     assert history.recent("a", 0) == [small(NOW), small(NOW + 1), small(NOW + 2)]
     assert history.recent("a", NOW + 1) == [small(NOW + 1), small(NOW + 2)]
     assert history.recent("a", NOW + 3) == []
@@ -36,6 +37,7 @@ def test_latest_and_recent() -> None:
 def test_unknown_se_has_nothing() -> None:
     history = History(history_s=HOUR_S)
     assert history.latest("a") is None
+    assert history.latest_text("a") == ""
     assert history.recent("a", 0) == []
     assert history.figures("a") is None
     assert history.cpu_pct("a") is None

@@ -327,9 +327,9 @@ def _reason(error: msgspec.ValidationError | UsageError) -> str:
 
 
 def _check_endpoint(value: str) -> None:
-    parse_endpoint(value, default_port=0)
     if ":" not in value.rpartition("]")[2]:
         raise UsageError("expected host:port")
+    parse_endpoint(value, default_port=0)
 
 
 def _check_loopback(value: str) -> None:

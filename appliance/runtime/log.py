@@ -121,8 +121,21 @@ class _Output(logging.StreamHandler[TextIO]):
         """Stays silent: where the log can't be written there is no place to say so."""
 
 
+_OWN = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "stage", "fields"}
+
+
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    return getattr(record, "fields", {})
+    """What the caller gave as `extra`, by `bind` or to a plain logger."""
+    return {
+        **{name: value for name, value in vars(record).items() if name not in _OWN},
+        **getattr(record, "fields", {}),
+    }
+
+
+def _stage(record: logging.LogRecord) -> str:
+    """The bound stage; for a plain logger of ours its module, which has the stage's name."""
+    name = record.name.rpartition(".")[2] if record.name.startswith(_ROOT) else record.name
+    return str(getattr(record, "stage", name))
 
 
 class _JsonFormatter(logging.Formatter):
@@ -131,7 +144,7 @@ class _JsonFormatter(logging.Formatter):
         line = {
             "time": at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "level": record.levelname.lower(),
-            "stage": getattr(record, "stage", record.name),
+            "stage": _stage(record),
             "message": record.getMessage(),
             **({"traceback": record.exc_text} if record.exc_text else {}),
         }
@@ -144,7 +157,7 @@ class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         at = dt.datetime.fromtimestamp(record.created).astimezone()
         fields = "".join(f" {name}={value}" for name, value in _fields(record).items())
-        text = f"{getattr(record, 'stage', record.name)}: {record.getMessage()}{fields}"
+        text = f"{_stage(record)}: {record.getMessage()}{fields}"
         trace = f"\n{record.exc_text}" if record.exc_text else ""
         return f"{at:%H:%M:%S} {record.levelname.lower():7} {_printable(text)}{trace}"
 

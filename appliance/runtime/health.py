@@ -76,6 +76,12 @@ class Health:
                         self._steps[later] = Link(step=later, result=StepResult.WAITING)
             self._write()
 
+    def take_over(self, link: Link) -> None:
+        """Records a step as an earlier life of this daemon saw it, with its time."""
+        with self._lock:
+            self._steps[link.step] = link
+            self._write()
+
     def line(self, mode: str, state: str, reason: str, addresses: list[str]) -> None:
         """Records the state line: role, state, why, and the addresses that matter."""
         line = (mode, state, reason, tuple(addresses))

@@ -1,0 +1,212 @@
+"""The SE's daemon: puts its parts together, and says in which order they live.
+
+    no grant yet    first boot (`se.first_boot`), then the process replaces itself: TLS, ISO reading and what else only
+                    enrolling needs is gone from its memory
+    a grant         links, forward side, telemetry; and a refresh when no link has been there for long
+
+Both hold the root lock and stop within three seconds of SIGTERM. Only here is decided what is critical: without the
+links the daemon ends and is started anew; telemetry and the forward side are started again by the supervisor.
+"""
+
+from __future__ import annotations
+
+import logging.handlers
+import os
+import sys
+import time
+from functools import partial
+
+from appliance.errors import ApplianceError
+from appliance.paths import Paths
+from appliance.protocol import why
+from appliance.protocol.tunnel import LinkState
+from appliance.protocol.why import Step, StepResult
+from appliance.runtime import child, host, log, systemd
+from appliance.runtime.clock import Clock, SystemClock
+from appliance.runtime.health import Health, read_health
+from appliance.runtime.stop import StopToken, stop_on_signals
+from appliance.runtime.supervisor import Supervisor
+from appliance.se import identity
+from appliance.se.believed import Beliefs
+from appliance.se.identity import SeState
+from appliance.settings import Settings
+from appliance.storage.atomic import make_dir
+from appliance.storage.lock import RootLock
+
+STOP_S = 2.5
+"""How long services may take to end."""
+
+_log = log.bind("daemon")
+_ENROLL_STEPS = (Step.BOOT, Step.TLS, Step.NONCE, Step.GRANT, Step.STORED)
+
+
+def run(paths: Paths, settings: Settings) -> int:
+    """Runs until told to stop. Returns the exit code.
+
+    Raises:
+        LockedError: another daemon works on this root.
+        ApplianceError: something critical failed; the service manager starts anew.
+    """
+    stop = StopToken()
+    synchronised = {"auto": None, "yes": True, "no": False}[settings.clock.synchronised]
+    clock = SystemClock(settings.clock.offset_s, synchronised)
+    with stop_on_signals(stop), RootLock(paths.lock):
+        make_dir(paths.run, mode=0o755)
+        state = SeState(paths)
+        state.load()
+        beliefs = Beliefs(state.trust_document, authorized_keys=state.authorized_keys_path)
+        beliefs.load(state.grant.trust if state.grant else None)
+        earlier = read_health(paths.health_file)
+        health = Health(paths.health_file, "se", clock)
+        systemd.notify("READY=1")
+        if state.grant is None:
+            _enroll(paths, settings, stop, clock=clock, state=state, beliefs=beliefs, health=health)
+        else:
+            _take_up(health, state, earlier.steps if earlier is not None and earlier.side == "se" else [])
+            _link(paths, settings, stop, clock=clock, state=state, beliefs=beliefs, health=health)
+        systemd.notify("STOPPING=1")
+    if not stop.stopped:
+        _start_over()
+    _log.info("stopped: %s", stop.reason)
+    return 0
+
+
+def _supervisor(stop: StopToken, clock: Clock) -> Supervisor:
+    return Supervisor(
+        stop,
+        clock=clock,
+        tick=_tick,
+        tick_s=systemd.watchdog_interval_s(),
+        join_timeout_s=STOP_S,
+    )
+
+
+def _tick() -> None:
+    systemd.notify("WATCHDOG=1")
+
+
+def _start_over() -> None:
+    """Replaces this process by itself, with the same arguments. Doesn't return."""
+    command = [*child.self_command(), *sys.argv[1:]]
+    environment = dict(os.environ)
+    if getattr(sys, "frozen", False):
+        # Keeps systemd's variables, which clean_environment takes away: the process stays the one that systemd knows.
+        environment = {**child.clean_environment(), "PYINSTALLER_RESET_ENVIRONMENT": "1"} | {
+            name: value for name, value in os.environ.items() if name.startswith(("NOTIFY_SOCKET", "WATCHDOG_"))
+        }
+    _log.info("enrolled; the daemon starts over without what only enrolling needs")
+    _flush_log()
+    os.execve(command[0], command, environment)  # noqa: S606 - ourselves, with our own arguments
+
+
+def _flush_log() -> None:
+    """Waits until what was logged is written: the writer thread doesn't survive exec."""
+    deadline = time.monotonic() + log.CLOSE_TIMEOUT_S
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.handlers.QueueHandler):
+            records = handler.queue
+            while getattr(records, "unfinished_tasks", 0) and time.monotonic() < deadline:
+                time.sleep(0.005)
+
+
+def _enroll(
+    paths: Paths,
+    settings: Settings,
+    stop: StopToken,
+    *,
+    clock: Clock,
+    state: SeState,
+    beliefs: Beliefs,
+    health: Health,
+) -> None:
+    from appliance.se.first_boot import Enrollment
+
+    def tell_line(text: str) -> None:
+        health.line("se", "ENROLLING", text, [])
+        systemd.notify(f"STATUS={text}")
+
+    enrollment = Enrollment(
+        paths, settings.se, state=state, beliefs=beliefs, clock=clock, tell=health.step, tell_line=tell_line
+    )
+    tell_line("first boot" + "".join(f"; {text}" for text in state.set_aside))
+    supervisor = _supervisor(stop, clock)
+    supervisor.add("enroll", enrollment.first_boot, critical=True)
+    supervisor.run()
+
+
+def _take_up(health: Health, state: SeState, earlier: list[why.Link]) -> None:
+    """Fills in the steps up to the grant: as an earlier life of this daemon saw them, else as the disk has them."""
+    known = {link.step: link for link in earlier if link.result is StepResult.OK}
+    record = state.require()
+    number = record.grant.number if record.grant else 0
+    for step in _ENROLL_STEPS:
+        if step in known:
+            health.take_over(known[step])
+        else:
+            health.step(step, StepResult.OK, f"SE {record.se_id}, enrolled as number {number} at an earlier start")
+
+
+def _link(
+    paths: Paths,
+    settings: Settings,
+    stop: StopToken,
+    *,
+    clock: Clock,
+    state: SeState,
+    beliefs: Beliefs,
+    health: Health,
+) -> None:
+    # Here and not above: paramiko and psutil are for tunnel mode, and the first boot's memory is gone by then.
+    from appliance.se.forward import Forward
+    from appliance.se.links import Links
+    from appliance.se.refresh import Refresh
+    from appliance.se.telemetry import Telemetry
+    from appliance.se.tunnel import Caller
+    from appliance.storage.spool import Spool
+
+    spool = Spool(paths.se_state / "spool", max_bytes=settings.se.spool_max_bytes)
+    telemetry = Telemetry(spool, settings.se.telemetry_interval_s, clock, host.Host())
+
+    def caller() -> Caller:
+        record = state.require()
+        if record.grant is None:
+            raise ApplianceError("this SE lost its grant")
+        return Caller(
+            user=settings.users.se,
+            identity=state.identity,
+            grant=record.grant,
+            tickets=state,
+            beliefs=beliefs,
+            facts=partial(host.facts, image_digest=record.image_id),
+            host_keys=partial(identity.host_keys, paths),
+            spent=partial(state.scrub_image_key, paths),
+            telemetry=telemetry,
+            spool=spool,
+            tell=health.step,
+            settings=settings.se,
+            clock=clock,
+        )
+
+    def on_change() -> None:
+        states = links.states()
+        shown = ", ".join(f"node {number} {link.value}" for number, link in sorted(states.items()))
+        is_up = LinkState.UP in states.values()
+        grant = state.require().grant
+        health.line("se", "UP" if is_up else "DOWN", shown or "no link", [grant.address] if grant else [])
+        systemd.notify(f"STATUS={shown}")
+        if is_up:
+            refresh.link_is_up()
+
+    links = Links(caller, lambda: beliefs.current, most=settings.se.max_links, clock=clock, on_change=on_change)
+    refresh = Refresh(paths, settings.se, state=state, beliefs=beliefs, links=links, clock=clock)
+    beliefs.on_change(links.follow)
+    forward = Forward(paths.forward_socket, settings.se.forwards, open_channel=links.open_channel)
+    supervisor = _supervisor(stop, clock)
+    supervisor.add("links", links.run, critical=True)
+    supervisor.add("refresh", refresh.run, critical=False)
+    supervisor.add("forward", forward.run, critical=False)
+    supervisor.add("telemetry", telemetry.run, critical=False)
+    try:
+        supervisor.run()
+    finally:
+        spool.close()

@@ -1,0 +1,156 @@
+"""One SSH connection of the SE; the only module that knows paramiko.
+
+Dial, key exchange, host key, authentication, in this order; the host key is one of the trust document's for the node
+before anything is said about this SE. What the project decided about algorithms is enforced here (`protocol.tunnel`).
+
+paramiko's own waits are long or endless (FACTS, trap 1): the caller has a `Guard` on the wire, which ends each of them.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import queue
+from collections.abc import Collection
+from typing import Any
+
+from appliance.errors import TrustError, TunnelError
+from appliance.pki import ssh_keys
+from appliance.pki.identity import Identity
+from appliance.protocol import tunnel as said
+from appliance.se.channel_api import ByteChannel
+from appliance.se.lean_paramiko import paramiko
+from appliance.se.wire import Wire
+
+_MACS = ("hmac-sha2-256-etm@openssh.com", "hmac-sha2-512-etm@openssh.com")
+"""Agreed on by both sides and never used: all our ciphers carry their own authentication."""
+_ENDLESS_S = 3600.0
+"""Where paramiko wants a number; the guard is quicker."""
+_DISCONNECT, _BY_APPLICATION = b"\x01", 11
+"""SSH_MSG_DISCONNECT and its reason SSH_DISCONNECT_BY_APPLICATION (RFC 4253 sections 11.1 and 12)."""
+
+_FAILURES = (paramiko.SSHException, OSError, EOFError)
+
+
+class _Packets(paramiko.packet.Packetizer):
+    def start_handshake(self, timeout: float) -> None:
+        """Does nothing: paramiko would start a timer thread that a failed handshake leaves behind for 15 s."""
+
+
+class SshConnection:
+    """An authenticated connection, once `log_in` returned."""
+
+    def __init__(self, wire: Wire, *, allow_curve25519: bool) -> None:
+        self.wire = wire
+        self._transport = transport = paramiko.Transport(wire, strict_kex=True, packetizer_class=_Packets)  # type: ignore[arg-type]
+        transport.banner_timeout = transport.auth_timeout = transport.channel_timeout = _ENDLESS_S
+        options = transport.get_security_options()
+        kex = said.KEX + (said.KEX_FALLBACK if allow_curve25519 else ())
+        options.kex = tuple(name for name in kex if name in options.kex)
+        options.ciphers = tuple(name for name in said.CIPHERS if name in options.ciphers)
+        options.key_types = (ssh_keys.KEY_TYPE,)
+        options.digests = _MACS
+
+    def log_in(self, user: str, identity: Identity, *, host_keys: Collection[str]) -> None:
+        """Exchanges keys, checks the peer's host key, authenticates.
+
+        Args:
+            user: the SEs' common user.
+            identity: the SE's key.
+            host_keys: lines of the trust document for this node.
+
+        Raises:
+            TrustError: another host key; nothing was said about this SE.
+            TunnelError: no SSH, other algorithms, the key was refused, or the connection ended.
+        """
+        transport = self._transport
+        try:
+            transport.start_client()
+            self._check_host_key(transport.get_remote_server_key().asbytes(), host_keys)
+            if not transport.agreed_on_strict_kex:  # type: ignore[attr-defined]  # the stubs are older
+                raise TunnelError("the gateway doesn't know strict key exchange", code="TUNNEL-031")
+            key = paramiko.Ed25519Key(file_obj=io.StringIO(identity.openssh().reveal().decode()))
+            if transport.auth_publickey(user, key):
+                raise TunnelError("the gateway wants more than this SE's key", code="TUNNEL-032")
+        except paramiko.AuthenticationException:
+            raise TunnelError(
+                f"the gateway refused this SE's key {identity.thumbprint}",
+                hint="see `appliance why` on the controller: revoked, quarantined, or restored from an old backup",
+                code="TUNNEL-032",
+            ) from None
+        except _FAILURES as error:
+            raise TunnelError(
+                f"no SSH: {_reason(error)}", hint="is that the gateway's port?", code="TUNNEL-030"
+            ) from None
+        self.wire.trust()
+
+    def _check_host_key(self, blob: bytes, host_keys: Collection[str]) -> None:
+        line = f"{ssh_keys.KEY_TYPE} {base64.b64encode(blob).decode()}"
+        if line not in host_keys:
+            expected = ", ".join(ssh_keys.fingerprint(known) for known in host_keys) or "none known"
+            raise TrustError(
+                f"the gateway shows host key {ssh_keys.fingerprint(line)}, expected {expected}",
+                hint="a wrong address, something in between, or keys that changed without a trust document",
+                code="TUNNEL-033",
+            )
+
+    def open_channel(self, host: str, port: int) -> ByteChannel:
+        """Opens a `direct-tcpip` channel. Raises `TunnelError` where it is refused or the link ends."""
+        try:
+            return self._transport.open_channel("direct-tcpip", (host, port), ("127.0.0.1", 0))
+        except paramiko.ChannelException as error:
+            raise TunnelError(
+                f"the gateway refused a channel to {host}:{port}: {error.text}", code="TUNNEL-037"
+            ) from None
+        except _FAILURES as error:
+            raise TunnelError(f"the link ended: {_reason(error)}", code="TUNNEL-035") from None
+
+    def serve_reverse(self, address: str, port: int, accepted: queue.SimpleQueue[ByteChannel | None]) -> None:
+        """Asks for connections to `address:port` on the node; they come as channels in `accepted`.
+
+        Raises:
+            TunnelError: refused, or the link ended.
+        """
+
+        def take(channel: paramiko.Channel, _origin: Any, _server: Any) -> None:
+            # Called by paramiko's reader thread: anything that waits here would stop the whole link.
+            accepted.put(channel)
+
+        try:
+            self._transport.request_port_forward(address, port, handler=take)
+        except _FAILURES as error:
+            if not self._transport.is_active():
+                raise TunnelError(f"the link ended: {_reason(error)}", code="TUNNEL-035") from None
+            raise TunnelError(
+                f"the gateway refused to serve {address}:{port} for this SE",
+                hint="is it this SE's own address? see `appliance why` on the controller",
+                code="TUNNEL-038",
+            ) from None
+
+    def say_goodbye(self) -> None:
+        """Tells the gateway that this end is meant. Only from a thread that may wait; the guard limits it."""
+        message = paramiko.Message()
+        message.add_byte(_DISCONNECT)
+        message.add_int(_BY_APPLICATION)
+        message.add_string("the SE closes the link")
+        message.add_string("en")
+        try:
+            self._transport._send_user_message(message)  # type: ignore[attr-defined]  # noqa: SLF001 - has no public name
+        except _FAILURES:
+            return
+
+    def close(self) -> None:
+        """Ends the connection, waits for paramiko's thread and gives the descriptor back."""
+        self.wire.close()
+        self._transport.close()
+        if self._transport.is_alive():
+            self._transport.join()
+        self.wire.release()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, EOFError):
+        return "the peer closed the connection"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__

@@ -1,0 +1,338 @@
+"""Stage tunnel on the SE: one link's whole life, from dial to loss. A new `Link` is made for each try (`se.links`).
+
+    dial         TCP, key exchange, host key checked, log-in             DIALING -> GREETING
+    greet        hello; ticket stored durably; own reverse address; confirm; spent image key destroyed
+                                                                         GREETING -> LINKED, or QUARANTINED
+    live         heartbeats, telemetry with every n-th; the first answer makes it UP
+    end          lost, silent, refused or told to stop: everything it had is closed, `run` raises or returns
+
+Each wait has an end: `watchdog.Guard` holds one deadline over dial and greet and the watchdog's rules afterwards, and
+closes the socket. A quarantined link only pings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+from appliance import __version__
+from appliance.errors import ApplianceError, StorageError, TunnelError
+from appliance.pki.identity import Identity
+from appliance.protocol import tunnel as said
+from appliance.protocol.address import REVERSE_PORT
+from appliance.protocol.enroll import Grant, InstanceFacts
+from appliance.protocol.trust import TrustNode
+from appliance.protocol.tunnel import LinkEvent, LinkState
+from appliance.protocol.why import Step, StepResult
+from appliance.runtime import log
+from appliance.runtime.clock import Clock
+from appliance.runtime.stop import StopToken
+from appliance.se.believed import Beliefs
+from appliance.se.channel_api import ByteChannel, ChannelApi, decode
+from appliance.se.reverse import ReversePath
+from appliance.se.ssh import SshConnection
+from appliance.se.watchdog import Guard
+from appliance.se.wire import Wire, connect
+from appliance.settings import Se
+
+SSH_PORT = 22
+THERE = frozenset({LinkState.LINKED, LinkState.UP, LinkState.QUARANTINED})
+"""States in which the controller knows this SE at the other end."""
+LOGIN_DEADLINE_S = 20.0
+"""For key exchange, log-in, hello and confirm together."""
+MAX_UNANSWERED = 6
+"""Heartbeats without an answer before the link is given up although bytes come: the channel API hangs."""
+
+
+class Tickets(Protocol):
+    """Where link tickets survive."""
+
+    def ticket(self, node: int) -> str:
+        """The last one of `node`, or ""."""
+        ...
+
+    def save_ticket(self, node: int, ticket: str) -> None:
+        """Stores it durably."""
+        ...
+
+
+class TelemetrySource(Protocol):
+    """What waits to be sent."""
+
+    def pending(self) -> tuple[list[str], int]:
+        """Encoded samples, oldest first, and the id to hand to `delivered`."""
+        ...
+
+    def delivered(self, last_id: int) -> None:
+        """They are answered."""
+        ...
+
+
+class SpoolFigures(Protocol):
+    """How full the spool is."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that wait."""
+        ...
+
+    @property
+    def dropped(self) -> int:
+        """Samples that fell out."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Caller:
+    """Who dials, and what a link of it needs: the same for all links of this SE."""
+
+    user: str
+    identity: Identity
+    grant: Grant
+    tickets: Tickets
+    beliefs: Beliefs
+    facts: Callable[[], InstanceFacts]
+    host_keys: Callable[[], list[str]]
+    spent: Callable[[], None]
+    """Called when the controller says that the image key is spent."""
+    telemetry: TelemetrySource
+    spool: SpoolFigures
+    tell: Callable[[Step, StepResult, str, str, str], None]
+    """Takes a step of the causal chain: step, result, text, code, hint."""
+    settings: Se
+    clock: Clock
+
+
+class _Sent(NamedTuple):
+    sequence: int
+    at: float
+    last_id: int
+    """Of the telemetry that went with it, 0 where none did."""
+
+
+class Link:
+    """One link to one node at one address.
+
+    Args:
+        caller: who dials.
+        node: whom, by the trust document.
+        endpoint: `host:port` of its gateway.
+        earlier_links: how many this process made before.
+        carries: whether telemetry goes over this link.
+        on_state: called after each move.
+    """
+
+    def __init__(
+        self,
+        caller: Caller,
+        node: TrustNode,
+        endpoint: str,
+        *,
+        earlier_links: int,
+        carries: Callable[[], bool],
+        on_state: Callable[[LinkState], None],
+    ) -> None:
+        self._log = log.bind("tunnel")
+        self._caller = caller
+        self._clock = caller.clock
+        self._node = node
+        self.endpoint = endpoint
+        self._earlier_links = earlier_links
+        self._carries = carries
+        self._on_state = on_state
+        self.state = LinkState.IDLE
+        self.was_there = False
+        """Whether it ever got as far as a confirmed hello, or quarantine."""
+        self._connection: SshConnection | None = None
+        self._sent: deque[_Sent] = deque()
+        self._sequence = 0
+        self._rtt_s = 0.0
+        self._interval_s = caller.grant.heartbeat_interval_s
+        self._until_telemetry = 0
+
+    def run(self, stop: StopToken) -> None:
+        """Lives until lost or told to stop; returns in the latter case.
+
+        Raises:
+            UnreachableError, TrustError, TunnelError, StorageError: why it is over.
+        """
+        self._move(LinkEvent.DIAL)
+        try:
+            self._connect(stop)
+        except ApplianceError:
+            if not stop.stopped:
+                raise
+        finally:
+            self._move(LinkEvent.LOST)
+
+    def open_channel(self, host: str, port: int) -> ByteChannel:
+        """Opens a channel to a controller service over this link. Raises `TunnelError`."""
+        if self._connection is None or self.state is not LinkState.UP:
+            raise TunnelError(f"the link to node {self._node.number} is not up")
+        return self._connection.open_channel(host, port)
+
+    def _move(self, event: LinkEvent) -> None:
+        before, self.state = self.state, said.advance(self.state, event)
+        if before is not self.state:
+            self._log.info(
+                "link to node %d: %s -> %s", self._node.number, before.value, self.state.value,
+                extra={"node": self._node.number, "endpoint": self.endpoint},
+            )  # fmt: skip
+            self.was_there = self.was_there or self.state in THERE
+            self._on_state(self.state)
+
+    def _connect(self, stop: StopToken) -> None:
+        settings = self._caller.settings
+        sock = connect(self.endpoint, default_port=SSH_PORT, timeout_s=settings.connect_timeout_s, stop=stop)
+        wire = Wire(sock, self._clock)
+        guard = Guard(wire, self._clock, login_deadline_s=LOGIN_DEADLINE_S)
+        guard.start()
+        connection = SshConnection(wire, allow_curve25519=settings.allow_curve25519)
+        withdraw = stop.on_stop(guard.leave)
+        try:
+            self._serve(connection, guard)
+        except TunnelError as error:
+            if not guard.reason:
+                raise
+            # What the link's thread saw is only the closed connection; the guard knows why it was closed.
+            raise TunnelError(guard.reason, hint=error.hint, code="TUNNEL-039") from None
+        finally:
+            withdraw()
+            guard.end()
+            connection.close()
+            guard.join()
+
+    def _serve(self, connection: SshConnection, guard: Guard) -> None:
+        caller = self._caller
+        connection.log_in(caller.user, caller.identity, host_keys=self._node.host_keys)
+        self._move(LinkEvent.AUTHENTICATED)
+        caller.tell(Step.LINK, StepResult.OK, f"node {self._node.number} at {self.endpoint}", "", "")
+        api = ChannelApi(lambda: connection.open_channel(said.CHANNEL_HOST, said.CHANNEL_PORT), self._clock)
+        reverse = ReversePath(caller.settings.sshd_host, caller.settings.sshd_port, tell=self._tell_reverse)
+        reverse.start()
+        try:
+            self._greet(connection, api, reverse)
+            self._connection = connection
+            guard.greeted(self._interval_s)
+            while guard.wait_due():
+                self._beat(api)
+                self._collect(api, guard)
+            if guard.is_leaving:
+                connection.say_goodbye()
+            raise TunnelError(guard.reason or "told to stop", code="TUNNEL-039")
+        finally:
+            self._connection = None
+            guard.end()
+            reverse.stop()
+
+    # --- greet ---------------------------------------------------------------------------------------------------
+
+    def _greet(self, connection: SshConnection, api: ChannelApi, reverse: ReversePath) -> None:
+        caller, node = self._caller, self._node.number
+        hello = said.Hello(
+            protocol=said.PROTOCOL_NUMBER,
+            agent_version=__version__,
+            facts=caller.facts(),
+            ticket=caller.tickets.ticket(node),
+            trust_version=caller.beliefs.version,
+            time=self._clock.now(),
+            host_keys=caller.host_keys(),
+            links=self._earlier_links,
+        )
+        answer = api.call(said.HELLO_PATH, hello, said.HelloAnswer, timeout_s=LOGIN_DEADLINE_S)
+        if answer.node != node:
+            raise TunnelError(f"node {answer.node} answers at {self.endpoint}, expected node {node}", code="TUNNEL-040")
+        self._interval_s = answer.heartbeat_interval_s
+        if answer.quarantined:
+            self._move(LinkEvent.QUARANTINED)
+            text = f"in quarantine: {answer.reason}"
+            self._log.error("%s", text, extra={"node": node})
+            caller.tell(Step.HELLO, StepResult.FAILED, text, "TUNNEL-041", "another VM uses this SE's key")
+            return
+        # Before confirm, not after: a ticket that the controller counts as current and that a power cut took from this
+        # SE would make it look like a restored copy of itself.
+        caller.tickets.save_ticket(node, answer.ticket)
+        connection.serve_reverse(caller.grant.address, REVERSE_PORT, reverse.accepted)
+        confirmed = api.call(
+            said.CONFIRM_PATH, said.Confirm(ticket=answer.ticket), said.ConfirmAnswer, timeout_s=LOGIN_DEADLINE_S
+        )
+        self._move(LinkEvent.CONFIRMED)
+        caller.tell(Step.HELLO, StepResult.OK, f"answered by node {node}: {answer.reason}", "", "")
+        if confirmed.spent:
+            caller.spent()
+        if answer.trust is not None:
+            caller.beliefs.accept(answer.trust)
+
+    def _tell_reverse(self, problem: str) -> None:
+        result = StepResult.FAILED if problem else StepResult.OK
+        self._caller.tell(Step.REVERSE, result, problem or "a connection from the controller reached sshd", "", "")
+
+    # --- live ----------------------------------------------------------------------------------------------------
+
+    def _beat(self, api: ChannelApi) -> None:
+        if len(self._sent) >= MAX_UNANSWERED:
+            raise TunnelError(f"{MAX_UNANSWERED} heartbeats unanswered, though the controller sends", code="TUNNEL-042")
+        samples, last_id = self._telemetry()
+        self._sequence += 1
+        beat = said.Heartbeat(
+            sequence=self._sequence,
+            time=self._clock.now(),
+            rtt_s=self._rtt_s,
+            telemetry=list(samples),
+            spool_bytes=self._caller.spool.size_bytes,
+            spool_dropped=self._caller.spool.dropped,
+            trust_version=self._caller.beliefs.version,
+        )
+        # The time is taken before the send: the controller's answer may be here before the next line runs.
+        self._sent.append(_Sent(self._sequence, self._clock.monotonic(), last_id))
+        api.send(said.HEARTBEAT_PATH, beat)
+
+    def _telemetry(self) -> tuple[Sequence[str], int]:
+        """Returns what goes with this heartbeat: every n-th one carries what waits."""
+        self._until_telemetry -= 1
+        if self._until_telemetry > 0 or self.state is not LinkState.UP or not self._carries():
+            return (), 0
+        self._until_telemetry = math.ceil(self._caller.settings.telemetry_interval_s / max(self._interval_s, 0.01))
+        if any(sent.last_id for sent in self._sent):
+            return (), 0  # the same samples are under way already
+        return self._caller.telemetry.pending()
+
+    def _collect(self, api: ChannelApi, guard: Guard) -> None:
+        """Takes answers until none is outstanding or the deadline is over; the guard judges what is missing."""
+        while api.outstanding:
+            try:
+                answer = api.receive(said.DEADLINE_S)
+            except TimeoutError:
+                return
+            if answer is None:
+                return  # the channel was closed; the next heartbeat opens another
+            arrived = self._clock.monotonic()
+            pong = decode(answer, said.HeartbeatAnswer, said.HEARTBEAT_PATH)
+            # Those before it, on a channel that was closed, will not be answered any more.
+            while self._sent and self._sent[0].sequence < pong.sequence:
+                self._sent.popleft()
+            if not self._sent or self._sent[0].sequence != pong.sequence:
+                raise TunnelError(f"heartbeat {pong.sequence} answered, which nobody sent", code="TUNNEL-036")
+            self._answered(self._sent.popleft(), pong, arrived, guard)
+
+    def _answered(self, sent: _Sent, pong: said.HeartbeatAnswer, arrived: float, guard: Guard) -> None:
+        first = self._rtt_s == 0.0
+        self._rtt_s = max(arrived - sent.at, 1e-6)
+        self._move(LinkEvent.ANSWERED)
+        if sent.last_id:
+            self._caller.telemetry.delivered(sent.last_id)
+        if pong.interval_s != self._interval_s:
+            self._interval_s = pong.interval_s
+            guard.set_interval(pong.interval_s)
+        if first and self.state is LinkState.UP:
+            text = f"answered by node {self._node.number} after {self._rtt_s * 1000:.1f} ms"
+            self._caller.tell(Step.HEARTBEAT, StepResult.OK, text, "", "")
+        if pong.trust is not None:
+            try:
+                self._caller.beliefs.accept(pong.trust)
+            except StorageError as error:
+                # It comes with each heartbeat until it is kept; a full disk is no reason to lose the link.
+                self._log.error("the new trust document could not be stored: %s", error.message)

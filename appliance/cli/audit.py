@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
 from collections import deque
@@ -50,12 +51,8 @@ def _pages(operator: Operator, after: int) -> Iterator[AuditEntry]:
 def show(context: CliContext, limit: int, after: int | None) -> None:
     """Shows the newest entries, oldest first. `--limit 0 --json` is what `audit verify --file` reads."""
     operator = Operator(context.paths.controller_socket)
-    if after is not None and 0 < limit <= _PAGE:
-        entries = operator.audit(after=after, limit=limit)
-    else:
-        entries = list(deque(_pages(operator, after or 0), maxlen=limit or None))
-        if after is not None and limit:
-            entries = entries[:limit]
+    found = _pages(operator, after or 0)
+    entries = list(deque(found, maxlen=limit or None) if after is None else itertools.islice(found, limit or None))
     if context.json:
         print_json(entries)
         return

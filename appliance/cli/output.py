@@ -92,11 +92,11 @@ def size(count: float | None) -> str:
     """Bytes in binary units: `620 B`, `41 MiB`, `1.5 GiB`."""
     if count is None:
         return NONE
-    value, unit = float(count), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):  # noqa: B007
-        if round(value) < 1024:
-            break
+    value, units = float(count), ["PiB", "TiB", "GiB", "MiB", "KiB", "B"]
+    while round(value) >= 1024 and len(units) > 1:
         value /= 1024
+        units.pop()
+    unit = units[-1]
     return f"{value:.0f} {unit}" if unit == "B" or value >= 9.95 else f"{value:.1f} {unit}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
 from collections.abc import Iterator
@@ -232,7 +231,7 @@ def test_a_root_deeper_than_a_socket_path(tmp_path: Path) -> None:
     with doubles.serve(path) as double:
         double.answers["GET /v1/ses"] = []
         assert Operator(path).ses() == []
-    opened = [os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
+    opened = [str(entry.readlink()) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
     assert str(path.parent) not in opened
 
 

@@ -107,35 +107,56 @@ class Attempts:
     def chain(self, subject: str) -> list[Link] | None:
         """Returns all steps of an attempt id, source address or se_id in their order, or None where it isn't known.
 
-        Steps nobody noted are WAITING behind the last noted one, and UNSEEN before it or where only the SE can know.
+        Steps that nobody noted are WAITING behind the last noted one, and UNSEEN before it or where only the SE can
+        know.
         """
-        track = self._find(subject)
-        if track is None:
+        links = self._find(subject)
+        if links is None:
             return None
-        last = max(_STEPS.index(step) for step in track.links)
+        last = max(_STEPS.index(step) for step in links)
         chain = []
         for index, step in enumerate(_STEPS):
             unseen = index < last or step in _SE_ONLY
             blank = Link(step=step, result=StepResult.UNSEEN if unseen else StepResult.WAITING)
-            chain.append(track.links.get(step, blank))
+            chain.append(links.get(step, blank))
         return chain
 
-    def _find(self, subject: str) -> _Track | None:
-        tracks = self._sources.get(_plain(subject))
-        if tracks is not None:
-            newest = next(reversed(tracks.values()))
+    def _find(self, subject: str) -> dict[Step, Link] | None:
+        source = self._sources.get(_plain(subject))
+        if source is not None:
+            newest_first = list(reversed(source.values()))
             # a failure before the peer said its attempt id counts only while nothing newer came from its address
             failing = (
-                track for track in reversed(tracks.values()) if track.fails and (track.attempt_id or track is newest)
+                track for track in newest_first if track.fails and (track.attempt_id or track is newest_first[0])
             )
-            return next(failing, newest)
+            return _filled(next(failing, newest_first[0]), newest_first)
         named = (
-            track
+            (track, tracks)
             for tracks in self._sources.values()
             for track in tracks.values()
             if subject and subject in (track.attempt_id, track.se_id)
         )
-        return max(named, key=lambda track: track.at, default=None)
+        track, tracks = max(named, key=lambda entry: entry[0].at, default=(None, None))
+        if track is None or tracks is None:
+            return None
+        return _filled(track, [tracks[""]] if "" in tracks else [])
+
+
+def _filled(track: _Track, others: list[_Track]) -> dict[Step, Link]:
+    """A track's links, and for steps before its last one that of `others` where it went well.
+
+    TLS comes before the peer can say its attempt id, and the link after it has lost its meaning: one SE's way leaves
+    marks on both kinds of track.
+    """
+    links = dict(track.links)
+    last = max(_STEPS.index(step) for step in links)
+    for step in _STEPS[:last]:
+        if step not in links:
+            well = (other.links[step] for other in others if step in other.links)
+            found = next((link for link in well if link.result is StepResult.OK), None)
+            if found is not None:
+                links[step] = found
+    return links
 
 
 def _plain(address: str) -> str:

@@ -14,6 +14,7 @@ import pwd
 import resource
 import shutil
 import signal
+import ssl
 from collections.abc import Collection, Coroutine
 from typing import Any
 
@@ -41,7 +42,7 @@ from appliance.controller.store.sqlite import SqliteStore
 from appliance.controller.telemetry import History
 from appliance.controller.tunnel import Gateway
 from appliance.controller.web import Endpoint, Request, StreamingResponse, application
-from appliance.errors import ApplianceError
+from appliance.errors import ApplianceError, TrustError
 from appliance.paths import Paths
 from appliance.pki import ssh_keys, tls
 from appliance.protocol import enroll as enroll_said
@@ -50,7 +51,7 @@ from appliance.protocol.fleet import State
 from appliance.protocol.operator import ControllerView
 from appliance.protocol.why import Step, StepResult
 from appliance.runtime import host, systemd
-from appliance.runtime.clock import Clock
+from appliance.runtime.clock import SYNCHRONISED, Clock, SystemClock
 from appliance.runtime.health import Health
 from appliance.runtime.peer import unix_peer
 from appliance.settings import Settings
@@ -173,7 +174,7 @@ class Controller:
             wall=clock.now,
             monotonic=clock.monotonic,
         )
-        self.tls_context = tls.server_context(self.material.files.node_certificate, self.material.files.node_key)
+        self.tls_context = self._tls_context()
         self.stopping = asyncio.Event()
         self.recheck = asyncio.Event()
         """Set by SIGHUP: look at the node certificate now."""
@@ -184,6 +185,16 @@ class Controller:
         terms = self.settings.controller
         limits = HttpLimits(max_header, max_body, terms.header_timeout_s, terms.body_timeout_s, keep_alive_s)
         return FrontEnd(application(title, endpoints, max_body=max_body, documented=True), limits)
+
+    def _tls_context(self) -> ssl.SSLContext:
+        files = self.material.files
+        try:
+            return tls.server_context(files.node_certificate, files.node_key)
+        except TrustError as error:
+            # A power cut between the two files of a renewal leaves a pair that doesn't match.
+            _log.warning("the node certificate is issued anew: %s", error.message)
+            self.material.renew_node_certificate(int(self.clock.now()))
+            return tls.server_context(files.node_certificate, files.node_key)
 
     # What other parts ask for.
 
@@ -253,7 +264,7 @@ class Controller:
                     up=derived.state in {State.UP, State.DEGRADED, State.UPGRADING},
                     rtt_s=link.rtt.value if link else None,
                     heartbeats=link.heartbeats if link else 0,
-                    sample=self.history.latest(record.se_id),
+                    sample=self.history.latest_text(record.se_id),
                 )
             )
         snapshot = metrics.ControllerMetrics(
@@ -419,7 +430,7 @@ async def _main(paths: Paths, settings: Settings, clock: Clock) -> None:
         await store.close()
 
 
-def run(paths: Paths, settings: Settings, *, clock: Clock) -> int:
+def run(paths: Paths, settings: Settings) -> int:
     """Runs the controller until SIGTERM or SIGINT; SIGHUP looks at the node certificate.
 
     Returns:
@@ -430,6 +441,7 @@ def run(paths: Paths, settings: Settings, *, clock: Clock) -> int:
         StorageError: `controller init` has not run here, or its state is damaged.
         SettingsError: a port can't be bound.
     """
+    clock = SystemClock(settings.clock.offset_s, SYNCHRONISED[settings.clock.synchronised])
     make_dir(paths.state, mode=0o755)
     make_dir(paths.run, mode=0o755)
     with RootLock(paths.lock):

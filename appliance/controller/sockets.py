@@ -61,7 +61,7 @@ def _bind(name: str, host_name: str, port: int, *, device: str = "") -> socket.s
     except OSError as error:
         sock.close()
         holder = host.who_listens(port) if port else None
-        held = f"; {holder.name} (process {holder.pid}) holds it" if holder else ""
+        held = f"; {holder.name} (process {holder.pid}) holds it" if holder and holder.pid else ""
         raise SettingsError(
             f"can't listen for {name} on {host_name}:{port}: {error.strerror}{held}",
             hint="stop the other program or choose another port; ports below 1024 need the right to bind",

@@ -29,6 +29,10 @@ class Clock(Protocol):
         ...
 
 
+SYNCHRONISED: dict[str, bool | None] = {"auto": None, "yes": True, "no": False}
+"""What the setting `clock.synchronised` means to a `SystemClock`."""
+
+
 class SystemClock:
     """This host's clock.
 

@@ -1,0 +1,433 @@
+"""Stage tunnel against a real controller: what a link may not do, who may take over, what is noticed and when."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import asyncssh
+import pytest
+from rig import Machine, RunningController, machine, running, until, until_async
+
+from appliance.errors import EnrollError, UnreachableError
+from appliance.lab.simulated import SimulatedSe
+from appliance.pki.identity import Identity
+from appliance.protocol import tunnel
+from appliance.protocol.address import REVERSE_PORT, se_address
+from appliance.protocol.tunnel import Confirm, ConfirmAnswer
+
+
+async def linked(stand: Machine, controller: RunningController, name: str) -> SimulatedSe:
+    se = stand.se(controller.bundle, name)
+    await se.enroll()
+    await se.link()
+    await se.beat()
+    return se
+
+
+def with_link(controller: RunningController, name: str, act: Callable[[SimulatedSe], Awaitable[None]]) -> None:
+    async def go() -> None:
+        async with machine() as stand:
+            se = await linked(stand, controller, name)
+            await act(se)
+            # Whatever was refused, the link itself still works.
+            await se.beat()
+
+    asyncio.run(go())
+
+
+# What a link may not open.
+
+
+def test_no_session_of_any_kind(controller: RunningController) -> None:
+    async def act(se: SimulatedSe) -> None:
+        for attempt in (
+            se.conn.run("id"),
+            se.conn.create_process(),
+            se.conn.start_sftp_client(),
+            se.conn.create_process(term_type="xterm"),
+            se.conn.create_process(x11_forwarding=True),
+        ):
+            with pytest.raises(asyncssh.ChannelOpenError):
+                await attempt
+
+    with_link(controller, "no-session", act)
+
+
+@pytest.mark.parametrize(
+    ("host", "port"),
+    [
+        ("127.0.0.1", 22),
+        ("localhost", 80),
+        ("channel", 81),
+        ("channel.", 80),
+        ("127.1.0.1", REVERSE_PORT),
+        ("169.254.169.254", 80),
+        ("", 80),
+        ("::1", 8443),
+    ],
+)
+def test_no_channel_to_anything_else(controller: RunningController, host: str, port: int) -> None:
+    async def act(se: SimulatedSe) -> None:
+        with pytest.raises(asyncssh.ChannelOpenError):
+            await se.conn.open_connection(host, port)
+
+    with_link(controller, "no-channel", act)
+
+
+def test_no_foreign_reverse_address(controller: RunningController) -> None:
+    async def act(se: SimulatedSe) -> None:
+        own = se.grant.address
+        other = se_address(se.grant.number + 1)
+        for host, port in (
+            (other, REVERSE_PORT),
+            ("0.0.0.0", REVERSE_PORT),
+            ("", REVERSE_PORT),
+            ("localhost", REVERSE_PORT),
+            ("::", REVERSE_PORT),
+            (own, 0),
+            (own, 22),
+            (own, REVERSE_PORT + 1),
+        ):
+            with pytest.raises((asyncssh.ChannelListenError, asyncssh.Error)):
+                await se.conn.forward_remote_port(host, port, "127.0.0.1", 22)
+
+    with_link(controller, "no-foreign-address", act)
+
+
+def test_no_stream_local_forwarding(controller: RunningController, tmp_path: Path) -> None:
+    async def act(se: SimulatedSe) -> None:
+        with pytest.raises(asyncssh.ChannelOpenError):
+            await se.conn.open_unix_connection(str(controller.paths.controller_socket))
+        with pytest.raises((asyncssh.ChannelListenError, asyncssh.Error)):
+            await se.conn.forward_remote_path(str(tmp_path / "listen"), str(tmp_path / "to"))
+
+    with_link(controller, "no-streamlocal", act)
+
+
+def test_channels_are_capped(controller: RunningController) -> None:
+    async def act(se: SimulatedSe) -> None:
+        opened = []
+        with pytest.raises(asyncssh.ChannelOpenError):
+            while len(opened) < 100:
+                opened += [await se.conn.open_connection(tunnel.CHANNEL_HOST, tunnel.CHANNEL_PORT)]
+        assert 32 <= len(opened) <= 64
+        for _reader, writer in opened:
+            writer.close()
+
+    with_link(controller, "channels-capped", act)
+
+
+def test_tiny_packets_are_refused(controller: RunningController) -> None:
+    async def act(se: SimulatedSe) -> None:
+        with pytest.raises(asyncssh.ChannelOpenError):
+            await se.conn.create_connection(
+                asyncssh.SSHTCPSession, tunnel.CHANNEL_HOST, tunnel.CHANNEL_PORT, max_pktsize=16
+            )
+
+    with_link(controller, "tiny-packets", act)
+
+
+def test_other_users_keys_and_methods_are_refused(controller: RunningController) -> None:
+    async def go() -> None:
+        async with machine() as stand:
+            se = await linked(stand, controller, "login")
+            for user in ("root", "avictlruser", "aviseuser ", ""):
+                se.user = user
+                with pytest.raises(UnreachableError, match=r"Permission denied|Connection lost"):
+                    await se.connect()
+            se.user = "aviseuser"
+            stranger = se.identity
+            se.identity = Identity.create()
+            with pytest.raises(UnreachableError, match="Permission denied"):
+                await se.connect()
+            # The image key opens the door to asking, and no other.
+            se.identity = Identity.from_pkcs8(controller.bundle.image_key.encode())
+            with pytest.raises(UnreachableError, match="Permission denied"):
+                await se.connect()
+            se.identity = stranger
+            for method in (
+                {"password": "x"},
+                {"client_keys": [asyncssh.generate_private_key("ssh-rsa", key_size=2048)]},
+            ):
+                with pytest.raises(asyncssh.PermissionDenied):
+                    await asyncssh.connect(
+                        "127.0.0.1", controller.ssh_port, username="aviseuser", known_hosts=None, config=None,
+                        agent_path=None, **{"client_keys": None, **method},
+                    )  # fmt: skip
+
+    asyncio.run(go())
+
+
+def test_only_the_agreed_key_exchange_is_offered(controller: RunningController) -> None:
+    async def go() -> None:
+        with pytest.raises(asyncssh.KeyExchangeFailed):
+            await asyncssh.connect(
+                "127.0.0.1", controller.ssh_port, kex_algs=["curve25519-sha256"], known_hosts=None, config=None
+            )
+
+    asyncio.run(go())
+
+
+# What is said over a link.
+
+
+def test_what_comes_out_of_order_is_refused(controller: RunningController) -> None:
+    async def go() -> None:
+        async with machine() as stand:
+            se = stand.se(controller.bundle, "out-of-order")
+            await se.enroll()
+            await se.connect()
+            with pytest.raises(EnrollError) as early:
+                await se.beat()
+            assert early.value.code == "TUNNEL-025"
+            with pytest.raises(EnrollError) as unknown:
+                await se.say(tunnel.CONFIRM_PATH, Confirm(ticket="x"), ConfirmAnswer)
+            assert unknown.value.code == "TUNNEL-023"
+            await se.hello()
+            with pytest.raises(EnrollError) as twice:
+                await se.hello()
+            assert twice.value.code == "TUNNEL-021"
+
+    asyncio.run(go())
+
+
+# Clones, take-over, roll-back.
+
+
+def test_a_reconnect_takes_over_at_once(controller: RunningController) -> None:
+    async def go() -> None:
+        async with machine() as stand:
+            se = await linked(stand, controller, "takes-over")
+            older = se.conn
+            se._channel = None
+            await se.link()
+            await se.beat()
+            await asyncio.wait_for(older.wait_closed(), 3)
+            assert not controller.operator.se("takes-over").alarms
+
+    asyncio.run(go())
+
+
+def test_a_lost_confirmation_is_no_clone(controller: RunningController) -> None:
+    """The SE stored the ticket, its confirmation got lost, then power failed: it shows a ticket never confirmed."""
+
+    async def go() -> None:
+        async with machine() as stand:
+            se = await linked(stand, controller, "unconfirmed")
+            for _ in range(3):
+                se.close()
+                await se.connect()
+                se.ticket = (await se.hello()).ticket
+            se.close()
+            answer = await se.link()
+            assert not answer.quarantined
+            assert "take over" in answer.reason
+            assert not controller.operator.se("unconfirmed").alarms
+
+    asyncio.run(go())
+
+
+def test_a_copied_state_is_quarantined_and_the_first_one_stays_up(controller: RunningController) -> None:
+    async def go() -> None:
+        async with machine() as stand:
+            se = await linked(stand, controller, "copied")
+            copy = stand.se(controller.bundle, "copied")
+            copy.identity, copy.se_id, copy.grant, copy.ticket = se.identity, se.se_id, se.grant, se.ticket
+            # The original moves on to its next ticket; the copy stays behind with the older one.
+            se.close()
+            await se.link()
+            await se.beat()
+            answer = await copy.link()
+            assert answer.quarantined
+            # A quarantined link may ping, and nothing else.
+            await copy.beat()
+            with pytest.raises((asyncssh.ChannelListenError, asyncssh.Error)):
+                await copy.conn.forward_remote_port(se.grant.address, REVERSE_PORT, "127.0.0.1", 22)
+            await se.beat()
+            await until_async(lambda: controller.state("copied") == "UP CLONE", what="the clone alarm")
+            detail = controller.operator.se("copied")
+            assert "quarantine" in detail.alarms[0]
+            kinds = [event.kind for event in controller.operator.events()]
+            assert "se.clone" in kinds
+            assert any(entry.action == "se.clone" for entry in controller.operator.audit())
+
+    asyncio.run(go())
+
+
+def test_a_restored_snapshot_is_admitted_and_told(controller: RunningController) -> None:
+    async def go() -> None:
+        async with machine() as stand:
+            se = await linked(stand, controller, "snapshot")
+            old_ticket = se.ticket
+            se.close()
+            await se.link()
+            current = se.ticket
+            se.close()
+            se.ticket = old_ticket
+            answer = await se.link()
+            assert not answer.quarantined
+            assert "older ticket" in answer.reason
+            assert "older link ticket" in " ".join(controller.operator.se("snapshot").alarms)
+            # Whoever shows the ticket that was current before is the twin.
+            twin = stand.se(controller.bundle, "snapshot")
+            twin.identity, twin.se_id, twin.grant, twin.ticket = se.identity, se.se_id, se.grant, current
+            assert (await twin.link()).quarantined
+
+    asyncio.run(go())
+
+
+def test_a_frozen_peer_is_noticed_within_its_deadline(tmp_path: Path) -> None:
+    with running(tmp_path / "root", settings={"heartbeat_interval_s": 1.0}) as controller:
+
+        async def go() -> None:
+            async with machine() as stand:
+                se = await linked(stand, controller, "frozen")
+                await until_async(lambda: controller.state("frozen") == "UP OK", what="UP")
+                # The peer stops reading and writing, and keeps the socket open: what SIGSTOP does.
+                se.conn._transport.pause_reading()
+                began = time.monotonic()
+                await until_async(lambda: controller.state("frozen").startswith("DOWN"), what="DOWN", deadline_s=10)
+                took = time.monotonic() - began
+                assert took < 1.0 + 2 * tunnel.DEADLINE_S + 1.5
+                assert controller.state("frozen") == "DOWN HEARTBEAT_MISSED"
+
+        asyncio.run(go())
+
+
+def test_a_quiet_but_living_peer_is_kept(tmp_path: Path) -> None:
+    """Heartbeats stop, the SSH layer still answers: the link stays."""
+    with running(tmp_path / "root", settings={"heartbeat_interval_s": 0.5}) as controller:
+
+        async def go() -> None:
+            async with machine() as stand:
+                se = await linked(stand, controller, "quiet")
+                await until_async(lambda: controller.state("quiet") == "UP OK", what="UP")
+                conn = se.conn
+                with pytest.raises(asyncio.TimeoutError):
+                    await asyncio.wait_for(conn.wait_closed(), 6)
+                assert controller.state("quiet") == "UP OK"
+
+        asyncio.run(go())
+
+
+# The reverse path.
+
+
+def reverse_connect(controller: RunningController, address: str) -> bytes:
+    with socket.create_connection((address, controller.bound["reverse_port"]), timeout=5) as sock:
+        return sock.recv(64)
+
+
+def test_the_reverse_listener_leads_to_the_ses_sshd_and_nowhere_else(controller: RunningController) -> None:
+    async def go() -> None:
+        async with machine() as stand:
+            se = await linked(stand, controller, "reverse")
+            banner = await asyncio.to_thread(reverse_connect, controller, se.grant.address)
+            assert banner.startswith(b"SSH-2.0-")
+            for nowhere in (se_address(se.grant.number + 100), "127.0.0.1", "127.128.0.1"):
+                assert await asyncio.to_thread(reverse_connect, controller, nowhere) == b""
+            address = se.grant.address
+            se.close()
+            await until_async(lambda: controller.state("reverse").startswith("DOWN"), what="DOWN")
+            assert await asyncio.to_thread(reverse_connect, controller, address) == b""
+
+    asyncio.run(go())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can dial as another user")
+def test_another_local_user_may_not_dial(controller: RunningController) -> None:
+    async def go() -> None:
+        async with machine() as stand:
+            se = await linked(stand, controller, "other-user")
+            port = controller.bound["reverse_port"]
+            script = f"import socket;s=socket.create_connection(('{se.grant.address}',{port}),5);print(s.recv(64))"
+            # setpriv needs no account: user id 65534 is nobody on every Debian.
+            done = await asyncio.to_thread(
+                subprocess.run,
+                ["setpriv", "--reuid=65534", "--clear-groups", "/usr/bin/python3", "-c", script],
+                capture_output=True, text=True, timeout=20, check=False,
+            )  # fmt: skip
+            assert "SSH-2.0" not in done.stdout + done.stderr
+            assert "b''" in done.stdout or "reset" in done.stderr
+
+    asyncio.run(go())
+
+
+def test_a_wrong_sshd_behind_the_reverse_path_degrades_the_se(controller: RunningController) -> None:
+    async def go() -> None:
+        async with machine() as stand, machine() as other:
+            se = stand.se(controller.bundle, "wrong-sshd")
+            await se.enroll()
+            se.sshd_port = other.acceptor.get_port()
+            await se.link()
+            await se.beat()
+            await until_async(
+                lambda: controller.state("wrong-sshd") == "DEGRADED REVERSE_DOWN", what="the reverse path is down"
+            )
+            assert "host key" in controller.operator.se("wrong-sshd").summary.text
+            assert "reverse path" in controller.operator.why("wrong-sshd").verdict
+
+    asyncio.run(go())
+
+
+# Restarts.
+
+
+def test_all_ses_come_back_after_kill_9(tmp_path: Path) -> None:
+    with running(tmp_path / "root") as controller:
+
+        async def go() -> None:
+            async with machine() as stand:
+                ses = [await linked(stand, controller, f"back-{index}") for index in range(5)]
+                controller.kill()
+                controller.start()
+                assert {controller.state(se.name) for se in ses} == {"DOWN CONTROLLER_RESTARTED"}
+                for se in ses:
+                    se.close()
+                    answer = await se.link()
+                    assert "take over" in answer.reason
+                    await se.beat()
+                await until_async(lambda: {controller.state(se.name) for se in ses} == {"UP OK"}, what="all UP again")
+
+        asyncio.run(go())
+
+
+def test_a_stop_closes_links_and_leaves_nothing(tmp_path: Path) -> None:
+    with running(tmp_path / "root") as controller:
+
+        async def go() -> None:
+            async with machine() as stand:
+                se = await linked(stand, controller, "stopped")
+                conn = se.conn
+                assert await asyncio.to_thread(controller.stop) == 0
+                await asyncio.wait_for(conn.wait_closed(), 3)
+
+        asyncio.run(go())
+        assert not controller.paths.controller_socket.exists()
+        assert not controller.paths.controller_file.exists()
+
+
+def test_two_daemons_on_one_root_are_refused(controller: RunningController) -> None:
+    second = controller.command("run", check=False)
+    assert second.returncode == 4
+    assert str(controller.process.pid) in second.stderr
+
+
+def test_a_link_that_never_says_hello_is_dropped(tmp_path: Path) -> None:
+    with running(tmp_path / "root", settings={"login_timeout_s": 1.0}) as controller:
+
+        async def go() -> None:
+            async with machine() as stand:
+                se = stand.se(controller.bundle, "mute")
+                await se.enroll()
+                conn = await se.connect()
+                await asyncio.wait_for(conn.wait_closed(), 5)
+
+        asyncio.run(go())
+        until(lambda: controller.operator.status().links == 0, what="no link")

@@ -1,0 +1,208 @@
+"""The rig: a real controller as a child process, and simulated SEs against it. Ends only what it started."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import asyncssh
+import msgspec
+
+from appliance.cli.operator import Operator
+from appliance.lab.simulated import Beats, SimulatedSe
+from appliance.paths import Paths
+from appliance.protocol.seed import Bundle
+
+DEADLINE_S = 20.0
+
+
+def until(condition: Callable[[], Any], *, what: str, deadline_s: float = DEADLINE_S) -> Any:
+    """Polls until `condition` is true, and returns what it gave."""
+    end = time.monotonic() + deadline_s
+    while True:
+        found = condition()
+        if found:
+            return found
+        assert time.monotonic() < end, f"not within {deadline_s} s: {what}"
+        time.sleep(0.02)
+
+
+async def until_async(condition: Callable[[], Any], *, what: str, deadline_s: float = DEADLINE_S) -> Any:
+    """The same inside a loop, with the operator's calls in a thread."""
+    return await asyncio.to_thread(until, condition, what=what, deadline_s=deadline_s)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that were free a moment ago."""
+    socks = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [sock.getsockname()[1] for sock in socks]
+    for sock in socks:
+        sock.close()
+    return ports
+
+
+class RunningController:
+    """One controller on loopback."""
+
+    def __init__(self, root: Path, *, settings: dict[str, Any] | None = None, clock: dict[str, Any] | None = None):
+        self.root = root
+        self.paths = Paths(root)
+        self.enroll_port, self.ssh_port = free_ports(2)
+        terms: dict[str, Any] = {
+            "enroll_listen": f"127.0.0.1:{self.enroll_port}",
+            "ssh_listen": f"127.0.0.1:{self.ssh_port}",
+            "reverse_port": 0,
+            "metrics_listen": "127.0.0.1:0",
+            **(settings or {}),
+        }
+        self.paths.settings_file.parent.mkdir(parents=True)
+        lines = ["[controller]", *(f"{key} = {json.dumps(value)}" for key, value in terms.items())]
+        lines += ["[clock]", *(f"{key} = {json.dumps(value)}" for key, value in (clock or {}).items())]
+        self.paths.settings_file.write_text("\n".join(lines) + "\n")
+        self.log = root / "daemon.log"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.command("controller", "init", "--address", "127.0.0.1", "--date", "now")
+        self.command("mode", "set", "controller")
+
+    def command(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Runs `appliance` on this root."""
+        line = [sys.executable, "-m", "appliance", "--root", str(self.root), *args]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+        assert not check or done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
+        return done
+
+    def start(self) -> RunningController:
+        """Starts the daemon and waits until it listens."""
+        self.paths.controller_file.unlink(missing_ok=True)
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "appliance", "--root", str(self.root), "run"],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+        until(self._is_ready, what="the controller listens")
+        return self
+
+    def _is_ready(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, self.log.read_text()
+        return self.paths.controller_file.exists()
+
+    @property
+    def bound(self) -> dict[str, Any]:
+        """What it listens on."""
+        found: dict[str, Any] = json.loads(self.paths.controller_file.read_text())
+        return found
+
+    @property
+    def operator(self) -> Operator:
+        """Its operator API."""
+        return Operator(self.paths.controller_socket)
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle of the first image key."""
+        path = next((self.paths.controller_state / "bundles").glob("*.json"))
+        return msgspec.json.decode(path.read_bytes(), type=Bundle)
+
+    def signal(self, number: int) -> None:
+        """Sends a signal to the daemon."""
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """Ends it without warning, as a power cut does."""
+        self.signal(signal.SIGKILL)
+        self.wait()
+
+    def stop(self) -> int:
+        """Asks it to stop and returns its exit code."""
+        self.signal(signal.SIGTERM)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Waits for its end."""
+        assert self.process is not None
+        code = self.process.wait(timeout=20)
+        self.process = None
+        return code
+
+    def end(self) -> None:
+        """Makes sure that nothing stays."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGCONT)
+            self.kill()
+
+    def state(self, se: str) -> str:
+        """State and reason of an SE in one text."""
+        summary = self.operator.se(se).summary
+        return f"{summary.state.value} {summary.reason.value}"
+
+
+@contextlib.contextmanager
+def running(root: Path, **more: Any) -> Iterator[RunningController]:
+    """A running controller below `root`."""
+    controller = RunningController(root, **more)
+    try:
+        yield controller.start()
+    finally:
+        controller.end()
+
+
+class Machine:
+    """What simulated SEs stand on: an SSH server for their reverse paths."""
+
+    def __init__(self, acceptor: asyncssh.SSHAcceptor, host_key: str) -> None:
+        self.acceptor = acceptor
+        self.host_key = host_key
+
+    def se(self, bundle: Bundle, name: str = "sim") -> SimulatedSe:
+        """A fresh SE."""
+        return SimulatedSe(bundle, name=name, host_key=self.host_key, sshd_port=self.acceptor.get_port(), beats=Beats())
+
+
+@contextlib.asynccontextmanager
+async def machine():  # type: ignore[no-untyped-def]
+    """A machine for simulated SEs; closes their links at the end."""
+    key = asyncssh.generate_private_key("ssh-ed25519")
+    line = " ".join(key.export_public_key("openssh").decode().split()[:2])
+    accepted: list[asyncssh.SSHServerConnection] = []
+
+    class Sshd(asyncssh.SSHServer):
+        def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
+            accepted.append(conn)
+
+    acceptor = await asyncssh.listen("127.0.0.1", 0, server_host_keys=[key], server_factory=Sshd)
+    made: list[SimulatedSe] = []
+    stand = Machine(acceptor, line)
+    plain = stand.se
+
+    def remembered(bundle: Bundle, name: str = "sim") -> SimulatedSe:
+        made.append(plain(bundle, name))
+        return made[-1]
+
+    stand.se = remembered  # type: ignore[method-assign]
+    try:
+        yield stand
+    finally:
+        for se in made:
+            conn = se.conn
+            se.close()
+            if conn is not None:
+                with contextlib.suppress(Exception):
+                    await conn.wait_closed()
+        acceptor.close()
+        await acceptor.wait_closed()
+        for connection in accepted:
+            connection.abort()
+            await connection.wait_closed()

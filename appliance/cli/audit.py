@@ -17,6 +17,7 @@ from appliance.cli.operator import Operator
 from appliance.cli.output import Column, Styled
 from appliance.errors import StorageError, UsageError
 from appliance.protocol import audit, strict_json
+from appliance.protocol.enroll import is_se_id
 from appliance.protocol.operator import AuditEntry, AuditVerdict
 
 _PAGE = 1000
@@ -27,8 +28,8 @@ _COLUMNS = (
     Column("TIME", leaves=1),
     Column("ACTOR", leaves=2, least=12),
     Column("ACTION"),
-    Column("SUBJECT", least=12),
-    Column("DETAIL", leaves=3, least=20),
+    Column("SUBJECT"),
+    Column("DETAIL", least=20),
 )
 
 
@@ -60,13 +61,18 @@ def show(context: CliContext, limit: int, after: int | None) -> None:
     if not entries:
         output.say(console, "no entry")
         return
+
+    def subject(entry: AuditEntry) -> str:
+        is_long = console.is_terminal and is_se_id(entry.subject)
+        return f"{entry.subject[:8]}…" if is_long else entry.subject
+
     rows = [
         [
             str(entry.sequence),
             output.moment(entry.time, now=now),
             entry.actor,
             entry.action,
-            entry.subject,
+            subject(entry),
             entry.detail,
         ]
         for entry in entries

@@ -82,7 +82,8 @@ def _print(console: Console, events: list[Event], *, as_json: bool) -> None:
     grid.add_column(overflow="fold")
     for event in events:
         style = _STYLES.get(event.kind.rpartition(".")[2], "")
-        subject = Styled(f"  {event.subject}" if event.subject and event.subject not in event.text else "", "dim")
+        # on a terminal the text, which names the SE, is enough; off it somebody may look for the se_id
+        subject = "" if console.is_terminal or event.subject in event.text else f"  {event.subject}"
         grid.add_row(
             output.text(Styled(output.moment(event.time, now=now), "dim")),
             output.text(Styled(event.kind, style)),

@@ -55,6 +55,8 @@ def figure(value: float, metric: Metric | None) -> str:
     """Writes a value in its metric's unit (UCUM); a counter's is a rate."""
     unit = metric.unit if metric else ""
     is_rate = metric is not None and metric.kind is Kind.COUNTER
+    if metric is not None and metric.name.endswith("boot_time"):
+        return output.moment(value)
     if unit == "By":
         shown = output.size(value)
     elif unit == "1" or (unit == "s" and is_rate):

@@ -17,6 +17,7 @@ from appliance.cli.context import CliContext, json_option, pass_context, print_j
 from appliance.cli.operator import Operator
 from appliance.cli.output import Cell, Styled
 from appliance.errors import NotFoundError, UsageError
+from appliance.protocol.fleet import SeSummary
 from appliance.protocol.operator import SeDetail
 from appliance.protocol.why import Chain, Link, Step, StepResult, verdict
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _STOPS = {StepResult.FAILED, StepResult.WAITING}
+_OTHERS = {"controller": {Step.BOOT, Step.STORED}, "se": {Step.REVERSE}}
+"""Steps that leave no trace on this side."""
+_MOST_NAMED = 8
 
 
 @click.command("why")
@@ -51,6 +55,7 @@ def _tell_subject(context: CliContext, subject: str) -> bool:
         detail = operator.se(subject)
     except (NotFoundError, UsageError):
         detail = None  # a source or an attempt: nobody enrolled by it
+    from_there = [entry for entry in operator.ses() if entry.source == subject] if detail is None else [detail.summary]
     if context.json:
         print_json(chain)
     else:
@@ -58,7 +63,12 @@ def _tell_subject(context: CliContext, subject: str) -> bool:
         _print_subject(console, chain, detail, now=now)
         print_chain(console, chain.steps, now=now, side=chain.side)
         _print_verdict(console, chain.steps, chain.verdict, now=now)
-    return stop(chain.steps) is None and (detail is None or se.is_well(detail.summary))
+        if detail is None and from_there:
+            _print_from_there(console, from_there)
+    stopped = stop(chain.steps)
+    if detail is None and from_there and stopped is not None and stopped.result is StepResult.WAITING:
+        stopped = None  # what the attempt still waited for, an SE from there has done
+    return stopped is None and all(se.is_well(entry) for entry in from_there)
 
 
 def _tell_own(context: CliContext, subject: str | None) -> bool:
@@ -99,6 +109,15 @@ def _print_subject(console: Console, chain: Chain, detail: SeDetail | None, *, n
         output.say(console, Styled(f"! {text}", "bold red"))
     for text in detail.drift:
         output.say(console, Styled(f"! {text}", "yellow"))
+
+
+def _print_from_there(console: Console, ses: list[SeSummary]) -> None:
+    console.print()
+    cells: list[Cell] = ["SEs linked from there: "]
+    for entry in sorted(ses, key=se.SORTS["state"])[:_MOST_NAMED]:
+        cells += [f" {entry.name} ", output.state(entry.state)]
+    more = len(ses) - _MOST_NAMED
+    output.say(console, *cells, f"  and {more:,} more" if more > 0 else "")
 
 
 def stop(steps: list[Link]) -> Link | None:
@@ -146,6 +165,8 @@ def _what(link: Link, *, side: str, is_blocked: bool) -> str:
     if link.text or link.code:
         return link.text or link.code
     if link.result is StepResult.UNSEEN:
+        if link.step not in _OTHERS.get(side, ()):
+            return "not noted here"
         other = "controller" if side == "se" else "SE"
         return f"only the {other} sees it: `appliance why` there"
     if link.result is StepResult.WAITING:

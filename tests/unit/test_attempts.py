@@ -78,6 +78,21 @@ def test_a_nameless_failure_is_forgotten_once_the_source_gets_further() -> None:
     assert results(attempts, "10.0.0.1")[1] is FAILED
     attempts.note("10.0.0.1", Step.NONCE, OK, at=2.0, attempt_id="a" * 16)
     assert results(attempts, "10.0.0.1")[1:3] == [UNSEEN, OK]
+    attempts.note("10.0.0.1", Step.TLS, OK, at=3.0)
+    assert results(attempts, "10.0.0.1")[1] is OK
+
+
+def test_steps_without_an_attempt_id_fill_the_gaps() -> None:
+    attempts = Attempts()
+    attempts.note("10.0.0.1", Step.TLS, OK, at=1.0)
+    attempts.note("10.0.0.1", Step.NONCE, OK, at=2.0, attempt_id="a" * 16)
+    attempts.note("10.0.0.1", Step.GRANT, OK, at=3.0, attempt_id="a" * 16)
+    assert results(attempts, "a" * 16)[1:4] == [OK, OK, OK]
+    attempts.note("10.0.0.1", Step.LINK, OK, at=4.0, se_id="se-x")
+    assert results(attempts, "10.0.0.1")[1:6] == [OK, OK, OK, UNSEEN, OK]
+    assert results(attempts, "se-x")[1:6] == [OK, UNSEEN, UNSEEN, UNSEEN, OK]
+    attempts.note("10.0.0.1", Step.TLS, FAILED, at=5.0)
+    assert results(attempts, "a" * 16)[1] is UNSEEN, "another machine's failure is not this attempt's"
 
 
 def test_a_mapped_ipv4_source_is_the_address_one_would_type() -> None:

@@ -336,6 +336,33 @@ def test_why_of_a_source_that_never_got_in(double: OperatorDouble, cli: Cli) -> 
     assert document["verdict"] == "stopped at grant: The image key was revoked (ENROLL-007)"
 
 
+def test_why_of_a_source_names_the_ses_from_there(double: OperatorDouble, cli: Cli) -> None:
+    waiting = Link(step=Step.LINK, result=WAITING)
+    double.answers["GET /v1/why/192.0.2.7"] = chain("192.0.2.7", *happened(Step.LINK), waiting)
+    double.answers["GET /v1/ses"] = [doubles.summary(number) for number in range(1, 12)]
+    ran = cli("why", "192.0.2.7")
+    assert ran.code == 0
+    assert "SEs linked from there:  se-1 UP" in ran.out
+    assert "and 3 more" in ran.out
+    double.answers["GET /v1/ses"] = [doubles.summary(1), doubles.down(2)]
+    ran = cli("why", "192.0.2.7")
+    assert ran.code == 1
+    assert "se-2 DOWN" in ran.out
+    failed = Link(step=Step.TLS, result=FAILED, text="unknown CA")
+    double.answers["GET /v1/why/192.0.2.7"] = chain("192.0.2.7", failed)
+    double.answers["GET /v1/ses"] = [doubles.summary(1)]
+    assert cli("why", "192.0.2.7").code == 1
+
+
+def test_why_of_a_gap_says_that_nothing_was_noted(double: OperatorDouble, cli: Cli) -> None:
+    double.answers["GET /v1/why/1"] = chain(
+        "1", Link(step=Step.NONCE, result=UNSEEN), Link(step=Step.BOOT, result=UNSEEN)
+    )
+    out = cli("why", "1").out
+    assert out.count("not noted here") == 1
+    assert out.count("only the SE sees it") == 1
+
+
 def test_why_waits(double: OperatorDouble, cli: Cli) -> None:
     waiting = Link(step=Step.REVERSE, result=WAITING)
     double.answers["GET /v1/why/1"] = chain("se-1", *happened(Step.REVERSE), waiting)

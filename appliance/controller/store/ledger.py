@@ -8,6 +8,7 @@ committed. Threads, grouping and waiting are `sqlite`'s concern.
 from __future__ import annotations
 
 import contextlib
+import operator
 import secrets
 import sqlite3
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ T = TypeVar("T")
 
 _EXPIRED_AT_ONCE = 1000
 """Leases that end in one transaction; more of them wait for the next."""
+_OPERATORS = {"=": operator.eq, "!=": operator.ne, ">": operator.gt, "<": operator.lt}
 _ENTRY = "SELECT key, value, create_revision, mod_revision, version FROM entry"
 
 
@@ -46,22 +48,10 @@ class Page(NamedTuple):
 
 def holds(compare: Compare, entry: Entry | None) -> bool:
     """Decides one condition (etcd: `applyCompare`)."""
-    got: int | bytes
-    if entry is None:
-        if compare.target == "value":
-            return False
-        got = 0
-    else:
-        got = getattr(entry, compare.target)
-    match compare.op:
-        case "=":
-            return got == compare.operand
-        case "!=":
-            return got != compare.operand
-        case ">":
-            return got > compare.operand  # type: ignore[operator]  # check_txn saw to the types
-        case "<":
-            return got < compare.operand  # type: ignore[operator]
+    if entry is None and compare.target == "value":
+        return False
+    got = 0 if entry is None else getattr(entry, compare.target)
+    return bool(_OPERATORS[compare.op](got, compare.operand))
 
 
 class Ledger:

@@ -241,9 +241,10 @@ class SqliteStore:
         closing = False
         while not closing:
             group = self._next_group(pause_s)
-            if closing := bool(group) and group[-1] is None:
-                group.pop()
-            pause_s = 0.0 if self._commit([work for work in group if work]) else _PAUSE_AFTER_FAILURE_S
+            works = [work for work in group if work]
+            closing = len(works) < len(group)
+            if works or not closing:
+                pause_s = 0.0 if self._commit(works) else _PAUSE_AFTER_FAILURE_S
 
     def _next_group(self, pause_s: float) -> list[_Work | None]:
         deadline = self._ledger.next_deadline()

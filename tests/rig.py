@@ -206,3 +206,9 @@ async def machine():  # type: ignore[no-untyped-def]
         for connection in accepted:
             connection.abort()
             await connection.wait_closed()
+        # asyncssh ends connections in tasks and callbacks of its own; a loop closed before them leaves sockets behind.
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        if others:
+            await asyncio.wait(others, timeout=5)
+        for _ in range(3):
+            await asyncio.sleep(0)

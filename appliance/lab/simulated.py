@@ -79,6 +79,14 @@ class Beats:
     rtts_s: list[float] = field(default_factory=list)
 
 
+async def _pump(reader: Any, writer: Any) -> None:
+    """Copies bytes until the end of either side."""
+    with contextlib.suppress(OSError, asyncssh.Error):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+
+
 class SimulatedSe:
     """One SE of the simulated fleet."""
 
@@ -210,7 +218,18 @@ class SimulatedSe:
         """Asks for this SE's own reverse address and serves it from the shared SSH server."""
         if self.conn is None or self.grant is None:
             raise TunnelError("no connection yet")
-        await self.conn.forward_remote_port(self.grant.address, REVERSE_PORT, "127.0.0.1", self.sshd_port)
+        await self.conn.start_server(lambda _host, _port: self._serve_reverse, self.grant.address, REVERSE_PORT)
+
+    async def _serve_reverse(self, reader: asyncssh.SSHReader[bytes], writer: asyncssh.SSHWriter[bytes]) -> None:
+        local_reader, local_writer = await asyncio.open_connection("127.0.0.1", self.sshd_port)
+        ways = [asyncio.create_task(_pump(reader, local_writer)), asyncio.create_task(_pump(local_reader, writer))]
+        try:
+            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for way in ways:
+                way.cancel()
+            writer.close()
+            local_writer.close()
 
     async def say(self, path: str, message: Any, kind: type[T]) -> T:
         """One request over the channel API. Raises `EnrollError` for a problem document."""

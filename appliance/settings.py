@@ -183,7 +183,7 @@ def _from_file(paths: Paths, problems: list[str]) -> Iterator[tuple[_Key, _Given
     except (OSError, UnicodeDecodeError) as error:
         problems.append(f"{file}: can't be read: {error}")
         return
-    lines = text.splitlines()
+    lines = text.split("\n")  # TOML knows no other line ends
     document = _parse(lines, file=str(file), problems=problems)
     positions = _positions(lines)
     for section, table in document.items():
@@ -255,17 +255,16 @@ def _parse(lines: list[str], *, file: str, problems: list[str]) -> dict[str, Any
     rest = list(lines)
     for _ in range(_MAX_SYNTAX_ERRORS):
         try:
-            return tomllib.loads("\n".join(rest) + "\n")
+            return tomllib.loads("\n".join(rest))
         except tomllib.TOMLDecodeError as error:
             match = _AT_LINE.search(str(error))
             if match is None:
-                problems.append(f"{file}:{len(lines)}: {error}")
+                last = 1 + "\n".join(lines).rstrip().count("\n")
+                problems.append(f"{file}:{last}: {error}")
                 return {}
             number = min(int(match[1]), len(rest))
             reason = str(error)[: match.start()].strip()
             problems.append(f"{file}:{number}: {reason}: {lines[number - 1].strip()!r}")
-            if not rest[number - 1].strip():
-                return {}  # the same place again, or a construct over several lines: no way to go on
             # Keys below a broken header must not fall into the section above it.
             broken = rest[number - 1].lstrip().startswith("[")
             rest[number - 1] = f'["\\u0000{number}"]' if broken else ""

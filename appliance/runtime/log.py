@@ -86,7 +86,9 @@ class _Entry(logging.handlers.QueueHandler):
         try:
             if self._dropped:
                 text = f"{self._dropped} log record(s) dropped: the log wasn't written fast enough"
-                self.queue.put_nowait(logging.makeLogRecord({"levelname": "WARNING", "msg": text, "stage": "log"}))
+                self.queue.put_nowait(
+                    logging.makeLogRecord({"name": _ROOT, "levelname": "WARNING", "msg": text, "stage": "log"})
+                )
                 self._dropped = 0
             self.queue.put_nowait(record)
         except queue.Full:

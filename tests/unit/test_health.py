@@ -1,0 +1,140 @@
+"""Health: the chain's rule, the state line, and a file that is written when there is something to say."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from appliance.protocol.why import Step, StepResult
+from appliance.runtime.health import Health, read_health
+
+
+class Hands:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.at = 1000.0
+
+    def now(self) -> float:
+        return self.at
+
+    def monotonic(self) -> float:
+        return self.at
+
+    def synchronised(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock() -> Hands:
+    return Hands()
+
+
+@pytest.fixture
+def health(tmp_path: Path, clock: Hands) -> Health:
+    return Health(tmp_path / "health.json", "se", clock)
+
+
+def results(health: Health) -> dict[Step, StepResult]:
+    return {link.step: link.result for link in health.chain("x").steps}
+
+
+def test_at_first_an_se_waits_for_all_but_what_it_cannot_see(health: Health) -> None:
+    found = results(health)
+    assert found.pop(Step.REVERSE) is StepResult.UNSEEN
+    assert set(found.values()) == {StepResult.WAITING}
+    assert health.chain("x").verdict.startswith("waiting for boot")
+
+
+def test_a_controller_process_sees_no_chain_of_its_own(tmp_path: Path, clock: Hands) -> None:
+    health = Health(tmp_path / "h", "controller", clock)
+    assert set(results(health).values()) == {StepResult.UNSEEN}
+
+
+def test_the_first_failure_is_the_verdict(health: Health) -> None:
+    health.step(Step.BOOT, StepResult.OK, "up")
+    health.step(Step.TLS, StepResult.FAILED, "another root CA", "TRUST-001", "look at the seed")
+    chain = health.chain("se-1")
+    assert (chain.subject, chain.side) == ("se-1", "se")
+    assert chain.verdict == "stopped at tls: another root CA (TRUST-001)"
+    assert chain.steps[1].hint == "look at the seed"
+
+
+@pytest.mark.parametrize("result", [StepResult.FAILED, StepResult.WAITING])
+def test_what_came_after_a_step_that_no_longer_holds_waits(health: Health, result: StepResult) -> None:
+    for step in (Step.LINK, Step.HELLO, Step.HEARTBEAT):
+        health.step(step, StepResult.OK)
+    health.step(Step.LINK, result, "the cable")
+    found = results(health)
+    assert (found[Step.HELLO], found[Step.HEARTBEAT]) == (StepResult.WAITING, StepResult.WAITING)
+    assert found[Step.REVERSE] is StepResult.UNSEEN
+
+
+def test_what_is_written_is_read(health: Health, tmp_path: Path, clock: Hands) -> None:
+    health.line("se", "UP", "OK", ["127.1.0.1"])
+    clock.at += 5
+    health.step(Step.BOOT, StepResult.OK)
+    found = read_health(tmp_path / "health.json")
+    assert found is not None
+    assert (found.side, found.mode, found.state, found.reason) == ("se", "se", "UP", "OK")
+    assert (found.addresses, found.pid) == (["127.1.0.1"], os.getpid())
+    assert (found.started_at, found.since, found.written_at) == (1000.0, 1000.0, 1005.0)
+    assert found.steps[0].at == 1005.0
+    assert [file.name for file in tmp_path.iterdir()] == ["health.json"]
+
+
+def test_since_moves_with_the_state_only(health: Health, tmp_path: Path, clock: Hands) -> None:
+    health.line("se", "UP", "OK", ["127.1.0.1"])
+    clock.at += 5
+    health.line("se", "UP", "OK", ["127.1.0.1", "127.1.0.2"])
+    found = read_health(tmp_path / "health.json")
+    assert found is not None
+    assert found.since == 1000.0
+    health.line("se", "DOWN", "LINK_LOST", [])
+    found = read_health(tmp_path / "health.json")
+    assert found is not None
+    assert found.since == 1005.0
+
+
+def test_news_are_written_at_once_and_the_same_at_most_each_second(
+    health: Health, tmp_path: Path, clock: Hands
+) -> None:
+    def written_at() -> float:
+        found = read_health(tmp_path / "health.json")
+        assert found is not None
+        return found.written_at
+
+    health.step(Step.HEARTBEAT, StepResult.OK)
+    clock.at += 0.5
+    health.step(Step.HEARTBEAT, StepResult.OK)
+    assert written_at() == 1000.0
+    health.step(Step.HEARTBEAT, StepResult.OK, "RTT 3 ms")
+    assert written_at() == 1000.5
+    clock.at += 1.0
+    health.step(Step.HEARTBEAT, StepResult.OK, "RTT 3 ms")
+    assert written_at() == 1001.5
+
+
+def test_a_failure_to_write_is_told_once_and_disturbs_nobody(
+    tmp_path: Path, clock: Hands, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tmp_path / "run"
+    health = Health(directory / "health.json", "se", clock)
+    health.step(Step.BOOT, StepResult.OK, "1")
+    health.step(Step.BOOT, StepResult.OK, "2")
+    assert len(caplog.records) == 1
+    directory.mkdir()
+    health.step(Step.BOOT, StepResult.OK, "3")
+    found = read_health(directory / "health.json")
+    assert found is not None
+    assert found.steps[0].text == "3"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"side": 3}', b"\xff"])
+def test_what_cannot_be_read_is_nothing(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "health.json"
+    assert read_health(file) is None
+    file.write_bytes(content)
+    assert read_health(file) is None

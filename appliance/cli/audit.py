@@ -106,10 +106,8 @@ def verify(context: CliContext, file: Path | None, cluster_id: str, head: str) -
         console = output.screen()
         word = Styled("intact", "green") if verdict.intact else Styled("BROKEN", "bold red")
         output.say(console, word, f"  {verdict.text}")
-        output.say(
-            console,
-            f"{verdict.entries:,} {'entry holds' if verdict.entries == 1 else 'entries hold'}, head {verdict.head}",
-        )
+        output.say(console, f"{verdict.entries:,} {'entry holds' if verdict.entries == 1 else 'entries hold'}; head")
+        output.say(console, verdict.head)
         if file is not None and verdict.intact:
             unchecked = [name for name, given in (("--cluster", cluster_id), ("--head", head)) if not given]
             if unchecked:

@@ -119,17 +119,16 @@ def duration(seconds: float | None) -> str:
         return "-" + duration(-seconds)
     if seconds < 9.95:
         return f"{seconds:.1f}s" if seconds else "0s"
-    whole = round(seconds)
+    whole, minutes, hours = round(seconds), round(seconds / 60), round(seconds / 3600)
     if whole < 60:
         return f"{whole}s"
-    minutes, hours, days = whole // 60, whole // 3600, whole // 86400
     if minutes < 60:
         return f"{minutes}m"
-    if hours < 24:
-        return f"{hours}h {minutes % 60}m" if minutes % 60 else f"{hours}h"
-    if days < 100:
-        return f"{days}d {hours % 24}h" if hours % 24 else f"{days}d"
-    return f"{days}d"
+    if minutes < 24 * 60:
+        return f"{minutes // 60}h {minutes % 60}m" if minutes % 60 else f"{minutes // 60}h"
+    if hours < 100 * 24:
+        return f"{hours // 24}d {hours % 24}h" if hours % 24 else f"{hours // 24}d"
+    return f"{round(seconds / 86400)}d"
 
 
 def rtt(seconds: float | None) -> str:

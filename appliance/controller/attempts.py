@@ -1,9 +1,10 @@
 """What happened to whom before an SE was known: the memory behind `why SOURCE` and `why ATTEMPT`.
 
-A *track* is one series of attempts, by source address and attempt id ("" until the caller has said one), and holds
-the newest word on each step. Nothing here was authenticated, and anybody may come with new addresses and ids, so all
-of it is bounded: `MAX_TRACKS` in all (out goes the oldest of the source that was quiet longest), `MAX_PER_SOURCE` for
-one address (out goes its oldest: a flood from one address costs nobody else's tracks), and clipped texts.
+A *track* is what one peer did from one address, named by its attempt id, else its se_id, else "" (a handshake is over
+before its peer can say a name), and holds the newest word on each step. Little of it was authenticated, and anybody
+may come with new addresses and ids, so all of it is bounded: `MAX_TRACKS` in all (out goes the oldest of the source
+that was quiet longest), `MAX_PER_SOURCE` for one address (out goes its oldest: a flood from one address costs nobody
+else's tracks), and clipped texts.
 
 A source stands for many SEs where they share a NAT. `chain(source)` then tells of the track that fails, since that is
 why somebody asks; the attempt id, which the SE prints on its console, tells them apart.
@@ -31,7 +32,7 @@ _SE_ONLY = frozenset({Step.BOOT, Step.STORED})
 
 @dataclasses.dataclass(slots=True)
 class _Track:
-    attempt_id: str
+    name: str
     se_id: str = ""
     at: float = 0.0
     links: dict[Step, Link] = dataclasses.field(default_factory=dict)
@@ -48,7 +49,7 @@ class Attempts:
         self._max_tracks = max_tracks
         self._max_per_source = max_per_source
         self._sources: OrderedDict[str, OrderedDict[str, _Track]] = OrderedDict()
-        """Source to its tracks by attempt id; both quietest first."""
+        """Source to its tracks by name; both quietest first."""
         self._count = 0
 
     def __len__(self) -> int:
@@ -67,7 +68,7 @@ class Attempts:
         text: str = "",
         hint: str = "",
     ) -> None:
-        """Keeps the newest word on `step` of the track (`source`, `attempt_id`).
+        """Keeps the newest word on `step` of a track.
 
         Args:
             source: the peer's address, without port.
@@ -75,21 +76,21 @@ class Attempts:
             result: how it went.
             at: when, seconds since 1970.
             attempt_id: as the peer says; `protocol.enroll.is_attempt_id` is the caller's to check.
-            se_id: as far as known, for `chain(se_id)`.
+            se_id: as far as known or claimed.
             code: of the error, "" where there is none.
             text: what happened; may quote the peer, and is clipped.
             hint: what to do next; one of our own texts, never a quotation.
         """
-        source, attempt_id = _clip(_plain(source)), _clip(attempt_id)
+        source, name = _clip(_plain(source)), _clip(attempt_id or se_id)
         tracks = self._sources.setdefault(source, OrderedDict())
-        track = tracks.get(attempt_id)
+        track = tracks.get(name)
         if track is None:
-            track = tracks[attempt_id] = _Track(attempt_id)
+            track = tracks[name] = _Track(name)
             self._count += 1
         track.at = at
         track.se_id = _clip(se_id) or track.se_id
         track.links[step] = Link(step=step, result=result, at=at, text=_clip(text), code=_clip(code), hint=hint)
-        tracks.move_to_end(attempt_id)
+        tracks.move_to_end(name)
         self._sources.move_to_end(source)
         if len(tracks) > self._max_per_source:
             tracks.popitem(last=False)
@@ -125,35 +126,47 @@ class Attempts:
         source = self._sources.get(_plain(subject))
         if source is not None:
             newest_first = list(reversed(source.values()))
-            # a failure before the peer said its attempt id counts only while nothing newer came from its address
-            failing = (
-                track for track in newest_first if track.fails and (track.attempt_id or track is newest_first[0])
-            )
-            return _filled(next(failing, newest_first[0]), newest_first)
-        named = (
+            return _filled(_troubled(newest_first) or newest_first[0], newest_first)
+        named = [
             (track, tracks)
             for tracks in self._sources.values()
             for track in tracks.values()
-            if subject and subject in (track.attempt_id, track.se_id)
-        )
-        track, tracks = max(named, key=lambda entry: entry[0].at, default=(None, None))
-        if track is None or tracks is None:
+            if subject and subject in (track.name, track.se_id)
+        ]
+        if not named:
             return None
-        return _filled(track, [tracks[""]] if "" in tracks else [])
+        newest, tracks = max(named, key=lambda entry: entry[0].at)
+        links = sorted((link for track, _ in named for link in track.links.values()), key=lambda link: link.at)
+        merged = _Track(newest.name, links={link.step: link for link in links})
+        return _filled(merged, [tracks[""]] if "" in tracks else [])
+
+
+def _troubled(newest_first: list[_Track]) -> _Track | None:
+    """Returns the newest track of a source that fails and hasn't been overtaken.
+
+    A failure without a name counts only while nothing newer came from its address, one of an SE only while that SE
+    hasn't come again under another name.
+    """
+    overtaken = set()
+    for at, track in enumerate(newest_first):
+        if track.fails and track.se_id not in overtaken and (track.name or at == 0):
+            return track
+        if track.se_id:
+            overtaken.add(track.se_id)
+    return None
 
 
 def _filled(track: _Track, others: list[_Track]) -> dict[Step, Link]:
-    """A track's links, and for steps before its last one that of `others` where it went well.
+    """A track's links, and for steps before its last one those of `others` where they went well.
 
-    TLS comes before the peer can say its attempt id, and the link after it has lost its meaning: one SE's way leaves
-    marks on both kinds of track.
+    One SE's way leaves marks on several tracks: TLS before it can say its attempt id, the link when it no longer does.
     """
     links = dict(track.links)
     last = max(_STEPS.index(step) for step in links)
     for step in _STEPS[:last]:
         if step not in links:
-            well = (other.links[step] for other in others if step in other.links)
-            found = next((link for link in well if link.result is StepResult.OK), None)
+            noted = (other.links[step] for other in others if step in other.links)
+            found = next((link for link in noted if link.result is StepResult.OK), None)
             if found is not None:
                 links[step] = found
     return links

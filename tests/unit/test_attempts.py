@@ -90,9 +90,29 @@ def test_steps_without_an_attempt_id_fill_the_gaps() -> None:
     assert results(attempts, "a" * 16)[1:4] == [OK, OK, OK]
     attempts.note("10.0.0.1", Step.LINK, OK, at=4.0, se_id="se-x")
     assert results(attempts, "10.0.0.1")[1:6] == [OK, OK, OK, UNSEEN, OK]
-    assert results(attempts, "se-x")[1:6] == [OK, UNSEEN, UNSEEN, UNSEEN, OK]
+    assert results(attempts, "se-x")[1:6] == [OK, UNSEEN, UNSEEN, UNSEEN, OK], "nobody said that they belong together"
+    attempts.note("10.0.0.1", Step.GRANT, OK, at=3.0, attempt_id="a" * 16, se_id="se-x")
+    assert results(attempts, "se-x")[1:6] == [OK, OK, OK, UNSEEN, OK]
     attempts.note("10.0.0.1", Step.TLS, FAILED, at=5.0)
     assert results(attempts, "a" * 16)[1] is UNSEEN, "another machine's failure is not this attempt's"
+
+
+def test_ses_behind_one_address_are_told_apart_when_linked() -> None:
+    attempts = Attempts()
+    attempts.note("10.0.0.1", Step.LINK, OK, at=1.0, se_id="se-x")
+    attempts.note("10.0.0.1", Step.LINK, FAILED, at=2.0, se_id="se-y", text="nothing heard")
+    attempts.note("10.0.0.1", Step.HELLO, OK, at=3.0, se_id="se-x")
+    assert results(attempts, "se-x")[5:7] == [OK, OK]
+    assert results(attempts, "se-y")[5:7] == [FAILED, WAITING]
+    assert results(attempts, "10.0.0.1")[5] is FAILED
+
+
+def test_a_failure_is_overtaken_by_the_same_ses_next_attempt() -> None:
+    attempts = Attempts()
+    attempts.note("10.0.0.1", Step.GRANT, FAILED, at=1.0, attempt_id="a" * 16, se_id="se-x")
+    attempts.note("10.0.0.1", Step.GRANT, OK, at=2.0, attempt_id="b" * 16, se_id="se-x")
+    assert results(attempts, "10.0.0.1")[3] is OK
+    assert results(attempts, "a" * 16)[3] is FAILED
 
 
 def test_a_mapped_ipv4_source_is_the_address_one_would_type() -> None:
@@ -136,9 +156,10 @@ def test_a_flood_of_attempt_ids_from_one_source_costs_only_its_own() -> None:
 @pytest.mark.parametrize(("char", "sources"), [("x", 100_000), ("\N{GRINNING FACE}", 3 * MAX_TRACKS)])
 def test_a_flood_of_sources_keeps_less_than_10_mb(char: str, sources: int) -> None:
     attempts = Attempts()
-    tracemalloc.start()
     try:
         for number in range(sources):
+            if number == sources - 2 * MAX_TRACKS:  # tracing is slow, and what came before will be forgotten
+                tracemalloc.start()
             source = f"2001:db8::{number >> 16:x}:{number & 0xFFFF:x}"
             for step in (Step.TLS, Step.NONCE, Step.GRANT):
                 text = f"{number} {step} " + char * MAX_TEXT

@@ -300,7 +300,7 @@ def test_an_export_verifies_offline(recorded: list[AuditEntry], cli: Cli, tmp_pa
     code, out, _ = cli("audit", "verify", "--file", str(file), "--cluster", CLUSTER, "--head", recorded[-1].hash)
     assert code == 0
     assert "intact" in out
-    assert f"2,500 entries hold, head {recorded[-1].hash}" in out
+    assert f"2,500 entries hold; head\n{recorded[-1].hash}" in out
     assert "not checked" not in out
     _, out, _ = cli("audit", "verify", "--file", str(file))
     assert "not checked without --cluster and --head" in out
@@ -335,7 +335,7 @@ def test_the_controller_verifies_its_own(double: OperatorDouble, cli: Cli) -> No
     )
     code, out, _ = cli("audit", "verify")
     assert code == 0
-    assert "1 entry holds, head ab" in out
+    assert "1 entry holds; head\nab" in out
     double.answers["GET /v1/audit/verify"] = AuditVerdict(
         entries=4, intact=False, text="entry 5 was changed", head="ab"
     )

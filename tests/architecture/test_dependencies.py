@@ -50,7 +50,10 @@ HOMES: Mapping[str, tuple[tuple[str, ...], str]] = {
     "psutil": (("appliance.runtime.host",), "host figures have one source; add a function to runtime.host"),
     "paramiko": (("appliance.se",), "paramiko is the SE's SSH; the controller's and the lab's is asyncssh"),
     "asyncssh": (("appliance.controller", "appliance.lab"), "asyncssh is the gateway's SSH; an SE stays under 45 MB"),
-    "uvloop": (("appliance.controller", "appliance.lab"), "only the asyncio roles have a loop"),
+    "uvloop": (
+        ("appliance.controller", "appliance.lab", "appliance.cli.lab_fleet"),
+        "only the controller and simulated fleets have a loop",
+    ),
     "click": (("appliance.cli", "image_builder"), "the daemons don't load the command line; raise an ApplianceError"),
     "rich": (("appliance.cli", "image_builder"), "tables are for people at a terminal; return values, print in cli"),
     "starlette": (("appliance.controller",), "the web framework is the controller's alone"),
@@ -61,7 +64,7 @@ HOMES: Mapping[str, tuple[tuple[str, ...], str]] = {
         "ISO files are read once, at first boot, and written by baking",
     ),
     "subprocess": (
-        ("appliance.runtime.child",),
+        ("appliance.runtime.child", "appliance.cli.lab_fleet"),  # the latter reads its workers' reports as they end
         "a child of the frozen program needs a cleaned environment; use runtime.child.run or Daemon",
     ),
     "multiprocessing": (("appliance.__main__",), "a frozen program forks badly; start a child by runtime.child"),

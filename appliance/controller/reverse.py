@@ -47,6 +47,8 @@ class _TcpEnd(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.channel: asyncssh.SSHTCPChannel[bytes] | None = None
         self._early = bytearray()
+        """What the local side said before the channel was open: uvloop reads once even where reading was paused."""
+        self._early_eof = False
         self.closed = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -56,11 +58,19 @@ class _TcpEnd(asyncio.Protocol):
     def attach(self, channel: asyncssh.SSHTCPChannel[bytes]) -> None:
         """The channel is open: bytes may flow."""
         self.channel = channel
+        if self._early:
+            channel.write(bytes(self._early))
+            self._early.clear()
+        if self._early_eof:
+            channel.write_eof()
         if self.transport is not None and not self.transport.is_closing():
             self.transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
-        if self.channel is None or self.channel.is_closing():
+        if self.channel is None:
+            self._early += data
+            return
+        if self.channel.is_closing():
             return
         self.channel.write(data)
         self._hold_back()
@@ -76,7 +86,9 @@ class _TcpEnd(asyncio.Protocol):
             self.transport.resume_reading()
 
     def eof_received(self) -> bool:
-        if self.channel is not None and not self.channel.is_closing():
+        if self.channel is None:
+            self._early_eof = True
+        elif not self.channel.is_closing():
             self.channel.write_eof()
         return True
 

@@ -75,6 +75,8 @@ class Controller(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_links: Count = 20000
     disk_reserve_bytes: Annotated[int, Meta(ge=0)] = 64 * 1024 * 1024
     """Below this much free space enrollments are refused, so that what was granted can still be stored."""
+    services: dict[str, str] = {}
+    """Controller services that SEs may reach over their links: name to `host:port`."""
     telemetry_history_s: Annotated[float, Meta(ge=0, le=7 * 86400)] = 3600.0
 
 
@@ -126,6 +128,7 @@ class _Given(NamedTuple):
 
 
 _Key = tuple[str, str]
+_SERVICE_NAME = re.compile(r"[a-z][a-z0-9-]{0,30}")
 _MAX_SYNTAX_ERRORS = 20
 _SECTIONS: dict[str, type[msgspec.Struct]] = {
     field.name: type(field.default) for field in msgspec.structs.fields(Settings)
@@ -300,7 +303,7 @@ def _value(section: str, name: str, entry: _Given) -> Any:
     kind = _TYPES[section, name]
     value = entry.value
     if isinstance(value, str) and entry.is_text:
-        if name == "forwards":
+        if name in {"forwards", "services"}:
             value = dict(_pair(part) for part in value.split(",") if part.strip())
         elif name == "reverse_users":
             value = [part.strip() for part in value.split(",") if part.strip()]
@@ -316,7 +319,7 @@ def _value(section: str, name: str, entry: _Given) -> Any:
 def _pair(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals:
-        raise UsageError("expected name=127.0.0.1:port, parted by commas")
+        raise UsageError("expected name=host:port, parted by commas")
     return name.strip(), value.strip()
 
 
@@ -342,6 +345,13 @@ def _check_loopback(value: str) -> None:
         raise UsageError("expected a loopback address, for example 127.0.0.1:9101")
 
 
+def _check_services(value: dict[str, str]) -> None:
+    for name, target in value.items():
+        if name == "channel" or not _SERVICE_NAME.fullmatch(name):
+            raise UsageError(f"{name!r} can't name a service: lower-case letters, digits and '-', but not 'channel'")
+        _check_endpoint(target)
+
+
 def _check_forwards(value: dict[str, str]) -> None:
     for name, listen in value.items():
         # Whoever may open a loopback port must not speak to the controller in this SE's name.
@@ -354,6 +364,7 @@ _CHECKS: dict[_Key, Callable[[Any], None]] = {
     ("controller", "enroll_listen"): _check_endpoint,
     ("controller", "ssh_listen"): _check_endpoint,
     ("controller", "metrics_listen"): _check_loopback,
+    ("controller", "services"): _check_services,
     ("se", "forwards"): _check_forwards,
 }
 

@@ -54,7 +54,10 @@ def free_ports(count: int) -> list[int]:
 class RunningController:
     """One controller on loopback."""
 
-    def __init__(self, root: Path, *, settings: dict[str, Any] | None = None, clock: dict[str, Any] | None = None):
+    def __init__(
+        self, root: Path, *, settings: dict[str, Any] | None = None,
+        clock: dict[str, Any] | None = None, services: dict[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.root = root
         self.paths = Paths(root)
         self.enroll_port, self.ssh_port = free_ports(2)
@@ -67,6 +70,7 @@ class RunningController:
         }
         self.paths.settings_file.parent.mkdir(parents=True)
         lines = ["[controller]", *(f"{key} = {json.dumps(value)}" for key, value in terms.items())]
+        lines += ["[controller.services]", *(f"{key} = {json.dumps(value)}" for key, value in (services or {}).items())]
         lines += ["[clock]", *(f"{key} = {json.dumps(value)}" for key, value in (clock or {}).items())]
         self.paths.settings_file.write_text("\n".join(lines) + "\n")
         self.log = root / "daemon.log"

@@ -9,7 +9,6 @@ the SE's link.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 from collections import Counter
@@ -20,16 +19,13 @@ import asyncssh
 
 from appliance.controller.fleet import Fleet
 from appliance.controller.link import Link
-from appliance.controller.tunnel import MIN_PACKET_BYTES
+from appliance.controller.splice import SshEnd, TcpEnd, has_tiny_packets
 from appliance.protocol.address import REVERSE_PORT, se_address, se_number
 from appliance.runtime.peer import tcp_peer_uid
 
 _log = logging.getLogger(__name__)
 
 OPEN_TIMEOUT_S = 10.0
-HIGH_WATER_BYTES = 1024 * 1024
-"""Unsent bytes of a link above which its reverse connections stop reading (FACTS, trap 26)."""
-DRAIN_LOOK_S = 0.02
 CHECKS_AT_ONCE = 8
 """Key exchanges with SEs' sshds under way at once, so that a storm of links isn't slowed by its checks."""
 CHECK_TIMEOUT_S = 15.0
@@ -38,103 +34,6 @@ CHECK_AGAIN_S = (2.0, 5.0, 15.0, 30.0)
 
 SSHD_KEX = ("mlkem768x25519-sha256", "curve25519-sha256")
 """Key exchanges for the check: those of the OpenSSH versions that Debian 12 and later ship."""
-
-
-class _TcpEnd(asyncio.Protocol):
-    """The local side of one reverse connection."""
-
-    def __init__(self) -> None:
-        self.transport: asyncio.Transport | None = None
-        self.channel: asyncssh.SSHTCPChannel[bytes] | None = None
-        self._early = bytearray()
-        """What the local side said before the channel was open: uvloop reads once even where reading was paused."""
-        self._early_eof = False
-        self.closed = asyncio.Event()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast("asyncio.Transport", transport)
-        self.transport.pause_reading()
-
-    def attach(self, channel: asyncssh.SSHTCPChannel[bytes]) -> None:
-        """The channel is open: bytes may flow."""
-        self.channel = channel
-        if self._early:
-            channel.write(bytes(self._early))
-            self._early.clear()
-        if self._early_eof:
-            channel.write_eof()
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.resume_reading()
-
-    def data_received(self, data: bytes) -> None:
-        if self.channel is None:
-            self._early += data
-            return
-        if self.channel.is_closing():
-            return
-        self.channel.write(data)
-        self._hold_back()
-
-    def _hold_back(self) -> None:
-        """Stops reading while the link has too much to send: asyncssh has no back-pressure from its socket."""
-        if self.transport is None or self.transport.is_closing() or self.channel is None:
-            return
-        if unsent(self.channel) > HIGH_WATER_BYTES:
-            self.transport.pause_reading()
-            asyncio.get_running_loop().call_later(DRAIN_LOOK_S, self._hold_back)
-        elif not self.transport.is_reading():
-            self.transport.resume_reading()
-
-    def eof_received(self) -> bool:
-        if self.channel is None:
-            self._early_eof = True
-        elif not self.channel.is_closing():
-            self.channel.write_eof()
-        return True
-
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        if self.channel is not None:
-            self.channel.close()
-        self.closed.set()
-
-    def pause_writing(self) -> None:
-        if self.channel is not None:
-            self.channel.pause_reading()
-
-    def resume_writing(self) -> None:
-        if self.channel is not None and not self.channel.is_closing():
-            self.channel.resume_reading()
-
-
-class _SshEnd(asyncssh.SSHTCPSession[bytes]):
-    """The link's side of one reverse connection."""
-
-    def __init__(self, end: _TcpEnd, link: Link, on_data: Callable[[Link], None]) -> None:
-        self._end = end
-        self._link = link
-        self._on_data = on_data
-
-    def data_received(self, data: bytes, datatype: asyncssh.DataType) -> None:  # noqa: ARG002
-        self._on_data(self._link)
-        if self._end.transport is not None:
-            self._end.transport.write(data)
-
-    def eof_received(self) -> bool:
-        if self._end.transport is not None and self._end.transport.can_write_eof():
-            with contextlib.suppress(OSError, RuntimeError):
-                self._end.transport.write_eof()
-        return True
-
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        if self._end.transport is not None:
-            self._end.transport.close()
-
-
-def unsent(channel: asyncssh.SSHTCPChannel[bytes]) -> int:
-    """Bytes that wait on a channel and in its link's socket."""
-    transport = channel.get_connection()._transport  # noqa: SLF001 - the only way to the socket's buffer
-    waiting = transport.get_write_buffer_size() if transport is not None else 0
-    return int(channel.get_write_buffer_size() + waiting)
 
 
 class _Through:
@@ -214,7 +113,7 @@ class ReversePath:
         return link
 
     async def _serve(self, connection: socket.socket, peer: tuple[str, int]) -> None:
-        end = _TcpEnd()
+        end = TcpEnd()
         try:
             link = self._target(connection, peer)
             if link is None:
@@ -240,16 +139,16 @@ class ReversePath:
             if end.transport is not None:
                 end.transport.close()
 
-    async def _open(self, link: Link, end: _TcpEnd, peer: tuple[str, int]) -> asyncssh.SSHTCPChannel[bytes]:
+    async def _open(self, link: Link, end: TcpEnd, peer: tuple[str, int]) -> asyncssh.SSHTCPChannel[bytes]:
         record = self._fleet.registry.se(link.se_id)
         number = record.number if record else 0
         channel, _ = await asyncio.wait_for(
             link.conn.create_connection(
-                lambda: _SshEnd(end, link, self._fleet.seen), se_address(number), REVERSE_PORT, peer[0], peer[1]
+                lambda: SshEnd(end, link, self._fleet.seen), se_address(number), REVERSE_PORT, peer[0], peer[1]
             ),
             OPEN_TIMEOUT_S,
         )
-        if channel._send_pktsize < MIN_PACKET_BYTES:  # noqa: SLF001 - see tunnel.Peer._open
+        if has_tiny_packets(channel):
             channel.abort()
             raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, "the SE takes only tiny packets")
         return channel

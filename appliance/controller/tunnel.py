@@ -27,21 +27,20 @@ from appliance.controller.attempts import Attempts
 from appliance.controller.fleet import Fleet
 from appliance.controller.link import Link
 from appliance.controller.listener import FrontEnd, peer_address
+from appliance.controller.splice import MIN_PACKET_BYTES, SshEnd, TcpEnd, has_tiny_packets
 from appliance.errors import TrustError
 from appliance.pki import ssh_keys
 from appliance.protocol import tunnel
-from appliance.protocol.address import REVERSE_PORT, se_address
+from appliance.protocol.address import REVERSE_PORT, parse_endpoint, se_address
 from appliance.protocol.enroll import SeStatus
 from appliance.protocol.fleet import Reason
 from appliance.protocol.why import Step, StepResult
 
 _log = logging.getLogger(__name__)
 
-MIN_PACKET_BYTES = 1024
-"""A peer that announces smaller packets would make us spend a loop turn on each byte (FACTS, trap 25)."""
 
-SERVICE_PORT = 1
-"""Destination port of channels to named services; the name alone says which."""
+SERVICE_TIMEOUT_S = 10.0
+"""How long a controller service may take to accept a connection."""
 
 
 def refuse(reason: str) -> asyncssh.ChannelOpenError:
@@ -306,30 +305,51 @@ class Peer(asyncssh.SSHServer):
 
     def connection_requested(
         self, dest_host: str, dest_port: int, _orig_host: str, _orig_port: int
-    ) -> tuple[asyncssh.SSHTCPChannel[bytes], Awaitable[ChannelSession]]:
+    ) -> tuple[asyncssh.SSHTCPChannel[bytes], Awaitable[asyncssh.SSHTCPSession[bytes]]]:
         link, conn = self._link, self._conn
         if link is None or conn is None:
             raise refuse("not a link yet")
         if link.channels >= self._gateway.terms.max_channels_per_link:
             self._gateway.refusals["channel"] += 1
             raise refuse(f"at most {self._gateway.terms.max_channels_per_link} channels a link")
-        if (dest_host, dest_port) != (tunnel.CHANNEL_HOST, tunnel.CHANNEL_PORT):
+        if (dest_host, dest_port) == (tunnel.CHANNEL_HOST, tunnel.CHANNEL_PORT):
+            channel = conn.create_tcp_channel()
+            return channel, self._open(link, channel)
+        target = self._gateway.terms.services.get(dest_host)
+        if target is None or dest_port != tunnel.SERVICE_PORT or not link.confirmed:
             self._gateway.refusals["channel"] += 1
             raise refuse(f"no channels to {dest_host}:{dest_port}")
         channel = conn.create_tcp_channel()
-        return channel, self._open(link, channel)
+        return channel, self._open_service(link, channel, target)
 
     async def _open(self, link: Link, channel: asyncssh.SSHTCPChannel[bytes]) -> ChannelSession:
-        # The announced packet size has no public name; asyncssh sets it before it awaits this coroutine.
-        if channel._send_pktsize < MIN_PACKET_BYTES:  # noqa: SLF001
-            self._gateway.refusals["channel"] += 1
-            raise refuse(f"packets of at least {MIN_PACKET_BYTES} bytes expected")
+        self._refuse_tiny_packets(channel)
         link.channels += 1
         gateway = self._gateway
+        protocol = gateway.channel_api.protocol(link=link, source=link.source)
+        return ChannelSession(protocol, lambda: gateway.fleet.seen(link), lambda: self._closed(link))
 
-        def closed() -> None:
-            link.channels -= 1
+    def _refuse_tiny_packets(self, channel: asyncssh.SSHTCPChannel[bytes]) -> None:
+        # asyncssh knows the announced packet size before it awaits what opens the channel.
+        if has_tiny_packets(channel):
+            self._gateway.refusals["channel"] += 1
+            raise refuse(f"packets of at least {MIN_PACKET_BYTES} bytes expected")
 
-        return ChannelSession(
-            gateway.channel_api.protocol(link=link, source=link.source), lambda: gateway.fleet.seen(link), closed
-        )
+    async def _open_service(self, link: Link, channel: asyncssh.SSHTCPChannel[bytes], target: str) -> SshEnd:
+        self._refuse_tiny_packets(channel)
+        link.channels += 1
+        end = TcpEnd()
+        session = SshEnd(end, link, self._gateway.fleet.seen, on_close=lambda: self._closed(link))
+        try:
+            host, port = parse_endpoint(target, default_port=0)
+            async with asyncio.timeout(SERVICE_TIMEOUT_S):
+                await asyncio.get_running_loop().create_connection(lambda: end, host, port)
+        except (OSError, TimeoutError) as error:
+            self._closed(link)
+            raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, f"the service is down: {error}") from None
+        end.attach(channel)
+        return session
+
+    @staticmethod
+    def _closed(link: Link) -> None:
+        link.channels -= 1

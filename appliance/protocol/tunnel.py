@@ -40,6 +40,9 @@ CHANNEL_HOST = "channel"
 CHANNEL_PORT = 80
 """Destination of the `direct-tcpip` channel that carries the channel API."""
 
+SERVICE_PORT = 1
+"""Destination port of channels to a named controller service: the name alone says which."""
+
 HELLO_PATH = "/v1/hello"
 CONFIRM_PATH = "/v1/confirm"
 HEARTBEAT_PATH = "/v1/heartbeat"

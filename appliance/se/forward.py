@@ -17,15 +17,13 @@ from pathlib import Path
 
 from appliance.errors import ApplianceError, SettingsError, StorageError
 from appliance.protocol.address import parse_endpoint
-from appliance.protocol.tunnel import CHANNEL_HOST, CHANNEL_PORT
+from appliance.protocol.tunnel import CHANNEL_HOST, CHANNEL_PORT, SERVICE_PORT
 from appliance.runtime import log
 from appliance.runtime.stop import StopToken
 from appliance.se.channel_api import ByteChannel
 from appliance.se.pump import pump
 from appliance.se.wire import shut
 
-SERVICE_PORT = 1
-"""Destination port of channels to named services: the name alone says which."""
 MAX_CONNECTIONS = 32
 _BACKLOG = 16
 _MAX_PATH_BYTES = 107

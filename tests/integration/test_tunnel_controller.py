@@ -431,3 +431,67 @@ def test_a_link_that_never_says_hello_is_dropped(tmp_path: Path) -> None:
 
         asyncio.run(go())
         until(lambda: controller.operator.status().links == 0, what="no link")
+
+
+# Named services.
+
+
+def test_a_named_service_is_reached_and_the_bytes_stay_whole(tmp_path: Path) -> None:
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while block := await reader.read(65536):
+            writer.write(block)
+            await writer.drain()
+        writer.close()
+
+    async def go() -> None:
+        server = await asyncio.start_server(echo, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        services = tmp_path / "services"
+        with running(services, services={"echo": f"127.0.0.1:{port}", "down": "127.0.0.1:1"}) as controller:
+            async with machine() as stand:
+                se = await linked(stand, controller, "service")
+                sent = os.urandom(3_000_000)
+                reader, writer = await se.conn.open_connection("echo", tunnel.SERVICE_PORT)
+                writer.write(sent)
+                writer.write_eof()
+                assert await reader.read() == sent
+                for name in ("down", "unknown"):
+                    with pytest.raises(asyncssh.ChannelOpenError):
+                        await se.conn.open_connection(name, tunnel.SERVICE_PORT)
+                await se.beat()
+        server.close()
+        await server.wait_closed()
+
+    asyncio.run(go())
+
+
+def test_the_reverse_path_keeps_every_byte_of_a_dialler_that_speaks_first(controller: RunningController) -> None:
+    """The local side sends before the channel is open; nothing of it may be lost."""
+
+    async def go() -> None:
+        sent = os.urandom(2_000_000)
+        received = bytearray()
+        ended = asyncio.Event()
+
+        async def sink(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while block := await reader.read(65536):
+                received.extend(block)
+            writer.close()
+            ended.set()
+
+        async with machine() as stand:
+            se = await linked(stand, controller, "speaks-first")
+            await until_async(lambda: controller.state("speaks-first") == "UP OK", what="UP")
+            server = await asyncio.start_server(sink, "127.0.0.1", 0)
+            se.sshd_port = server.sockets[0].getsockname()[1]
+            _reader, writer = await asyncio.open_connection(se.grant.address, controller.bound["reverse_port"])
+            writer.write(sent)
+            writer.write_eof()
+            await asyncio.wait_for(ended.wait(), 20)
+            assert bytes(received) == sent
+            writer.close()
+            await writer.wait_closed()
+            server.close()
+            await server.wait_closed()
+
+    asyncio.run(go())

@@ -42,7 +42,7 @@ P = ParamSpec("P")
 
 _GROUP_SIZE = 256
 """Operations in one commit at most: a bound on what one failure takes with it."""
-_EVENTS_AT_ONCE = 256
+_EVENTS_AT_ONCE = 64
 _PAUSE_AFTER_FAILURE_S = 1.0
 """Before leases that could not be ended (disk full) are tried again."""
 

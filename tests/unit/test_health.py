@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from appliance.protocol.why import Step, StepResult
+from appliance.protocol.why import Link, Step, StepResult
 from appliance.runtime.health import Health, read_health
 
 
@@ -83,6 +83,11 @@ def test_what_is_written_is_read(health: Health, tmp_path: Path, clock: Hands) -
     assert (found.started_at, found.since, found.written_at) == (1000.0, 1000.0, 1005.0)
     assert found.steps[0].at == 1005.0
     assert [file.name for file in tmp_path.iterdir()] == ["health.json"]
+
+
+def test_a_step_of_an_earlier_life_keeps_its_time(health: Health) -> None:
+    health.take_over(Link(step=Step.GRANT, result=StepResult.OK, at=7.0, text="number 1"))
+    assert health.chain("x").steps[3].at == 7.0
 
 
 def test_since_moves_with_the_state_only(health: Health, tmp_path: Path, clock: Hands) -> None:

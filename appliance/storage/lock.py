@@ -76,7 +76,7 @@ class RootLock:
         pid = _read_pid(fd)
         raise LockedError(
             f"{self._path} is held by {f'process {pid}' if pid else 'a process'}: another daemon works on this root",
-            hint=f"stop it first (`fuser -v {self._path}` shows what it is), or use another --root",
+            hint="stop it first, or use another --root",
         )
 
     def release(self) -> None:

@@ -29,20 +29,18 @@ def bring_down(layout: Layout, *, say: Say, remove: bool = False) -> None:
     load(layout)  # before the lock makes a file in a stranger's directory
     with RootLock(layout.lock):
         lab = load(layout)
-        names = {se.process: se.name for se in lab.ses if se.process} | {
-            se.sshd: f"{se.name}'s sshd" for se in lab.ses if se.sshd
-        }
         groups = (
             ("SEs", [se.process for se in lab.ses]),
             ("the controller", [lab.controller.process]),
             ("SSH servers", [se.sshd for se in lab.ses]),
         )
         for what, group in groups:
-            running = [process for process in group if process is not None and processes.is_running(process)]
-            if running:
+            leaders = [process for process in group if process is not None]
+            if leaders:
                 say(f"ending {what}")
-                for process in processes.end(running, timeout_s=STOP_S):
-                    say(f"{names.get(process, 'the controller')} did not end within {STOP_S:.0f} s and was killed")
+                killed = processes.end(leaders, timeout_s=STOP_S, marker=str(layout.root))
+                if killed:
+                    say(f"{killed} of their processes did not end within {STOP_S:.0f} s and were killed")
         document(layout).save(_at_rest(lab))
         if remove:
             shutil.rmtree(layout.root)

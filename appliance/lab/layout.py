@@ -76,11 +76,6 @@ class Lab(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     controller: ControllerPart
     ses: list[SePart] = []
 
-    def processes(self) -> list[Process]:
-        """Returns all processes in the order in which they are to end: SEs, controller, SSH servers."""
-        found = [*(se.process for se in self.ses), self.controller.process, *(se.sshd for se in self.ses)]
-        return [process for process in found if process is not None]
-
 
 class ControllerStatus(msgspec.Struct, kw_only=True):
     """What an outside client needs of the controller. Paths are absolute."""

@@ -1,4 +1,8 @@
-"""Which processes a lab started, told apart from strangers that got the same pid later, and how they end."""
+"""Which processes a lab started, told apart from strangers that got the same pid later, and how they end.
+
+Each was started as the leader of a session of its own. What it starts in turn stays in that session and ends with it:
+the one-file executable runs its program as a child, sshd each connection.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from appliance.lab.layout import LabError, Process
 
@@ -19,15 +24,22 @@ def _boot_id() -> str:
     return _BOOT_ID.read_text("ascii").strip()
 
 
-def _stat(pid: int) -> tuple[str, int] | None:
-    """Returns state letter and start time of a process (proc(5), /proc/PID/stat), or None where there is none."""
+class _Stat(NamedTuple):
+    """What /proc/PID/stat says (proc(5))."""
+
+    state: str
+    session: int
+    started: int
+
+
+def _stat(pid: int) -> _Stat | None:
     try:
         text = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
     # the name in brackets may hold anything, brackets and spaces too
     fields = text.rpartition(")")[2].split()
-    return fields[0], int(fields[19])
+    return _Stat(fields[0], int(fields[3]), int(fields[19]))
 
 
 def identify(pid: int) -> Process:
@@ -35,7 +47,7 @@ def identify(pid: int) -> Process:
     found = _stat(pid)
     if found is None:
         raise LabError(f"process {pid} ended at once", hint="its log says why")
-    return Process(pid=pid, started=found[1], boot_id=_boot_id())
+    return Process(pid=pid, started=found.started, boot_id=_boot_id())
 
 
 def is_running(process: Process | None) -> bool:
@@ -43,20 +55,53 @@ def is_running(process: Process | None) -> bool:
     if process is None or process.boot_id != _boot_id():
         return False
     found = _stat(process.pid)
-    return found is not None and found[1] == process.started and found[0] not in {"Z", "X"}
+    return found is not None and found.started == process.started and found.state not in {"Z", "X"}
 
 
-def end(processes: Sequence[Process], *, timeout_s: float) -> list[Process]:
-    """Ends processes together: SIGTERM, then SIGKILL for whatever is left after `timeout_s`.
+def _session(process: Process, marker: str) -> list[Process]:
+    """Returns what lives of the session that `process` leads or led, itself included.
+
+    While the leader lives its pid is its session's alone. Where it is gone a stranger may have led a session of that
+    number since, and may be gone too: then only those count whose command line names `marker`.
+    """
+    if process.boot_id != _boot_id():
+        return []
+    leader = _stat(process.pid)
+    if leader is not None and leader.started != process.started:
+        return []
+    found = []
+    for pid in (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()):
+        stat = _stat(pid)
+        if stat is None or stat.session != process.pid or stat.state in {"Z", "X"}:
+            continue
+        if leader is not None or marker in _command_line(pid):
+            found.append(Process(pid=pid, started=stat.started, boot_id=process.boot_id))
+    return found
+
+
+def _command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def end(leaders: Sequence[Process], *, timeout_s: float, marker: str) -> int:
+    """Ends processes and their sessions, together: SIGTERM, then SIGKILL for whatever is left after `timeout_s`.
 
     Each is held by a descriptor before it is looked at, so that no signal can reach a process that got its pid since.
 
+    Args:
+        leaders: as identified when they were started.
+        timeout_s: for all of them.
+        marker: stands in the command lines of all that the lab starts; see `_session`.
+
     Returns:
-        Those that had to be killed.
+        How many had to be killed.
     """
     with contextlib.ExitStack() as stack:
         held: dict[int, Process] = {}
-        for process in processes:
+        for process in (member for leader in leaders for member in _session(leader, marker)):
             try:
                 descriptor = os.pidfd_open(process.pid)
             except ProcessLookupError:
@@ -76,7 +121,7 @@ def end(processes: Sequence[Process], *, timeout_s: float) -> list[Process]:
                 f"processes {', '.join(str(process.pid) for process in stuck.values())} don't end, even by SIGKILL",
                 hint="they wait in the kernel, for a disk perhaps; see `ps -o pid,stat,wchan`",
             )
-        return list(killed.values())
+        return len(killed)
 
 
 def _send(descriptor: int, number: signal.Signals) -> None:

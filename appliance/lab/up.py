@@ -120,6 +120,13 @@ def bring_up(
     """
     if not 1 <= ses <= MAX_SES:
         raise UsageError(f"{ses} SEs, 1 to {MAX_SES} expected", hint="`appliance lab fleet` simulates more")
+    if not layout.file.exists() and layout.root.exists():
+        foreign = sorted(path.name for path in layout.root.iterdir() if path.name != layout.lock.name)
+        if foreign:
+            raise UsageError(
+                f"{layout.root} is no lab and not empty: {', '.join(foreign[:5])}",
+                hint="give an empty place with --root",
+            )
     make_dir(layout.root)
     with RootLock(layout.lock):
         work = _Work(layout, connect, say, overrides)
@@ -152,12 +159,6 @@ class _Work:
         if layout.file.exists():
             lab = load(layout)
         else:
-            foreign = [path.name for path in layout.root.iterdir() if path.name != layout.lock.name]
-            if foreign:
-                raise UsageError(
-                    f"{layout.root} is no lab and not empty: {', '.join(sorted(foreign)[:5])}",
-                    hint="give an empty place with --root",
-                )
             enroll, ssh, reverse, metrics = ports.free_ports(4)
             lab = Lab(
                 user=_user_name(),

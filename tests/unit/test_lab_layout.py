@@ -10,7 +10,7 @@ import pytest
 from appliance.errors import UsageError
 from appliance.lab import layout as lab_layout
 from appliance.lab import sshd
-from appliance.lab.layout import ControllerPart, Lab, Layout, Process, SePart
+from appliance.lab.layout import ControllerPart, Lab, Layout, SePart
 
 ROOT = Path("/srv/lab")
 
@@ -36,21 +36,6 @@ def test_every_part_is_an_instance_of_its_own() -> None:
 def test_a_root_that_sshd_would_misread_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match="can't be a lab's root"):
         Layout(ROOT / name)
-
-
-def test_processes_end_in_the_order_ses_controller_sshds() -> None:
-    def process(pid: int) -> Process:
-        return Process(pid=pid, started=1, boot_id="b")
-
-    found = Lab(
-        user="ann",
-        controller=ControllerPart(enroll_port=1, ssh_port=2, reverse_port=3, metrics_port=4, process=process(1)),
-        ses=[
-            SePart(name="se-1", sshd_port=5, process=process(2), sshd=process(3)),
-            SePart(name="se-2", sshd_port=6, sshd=process(4)),
-        ],
-    )
-    assert [entry.pid for entry in found.processes()] == [2, 1, 3, 4]
 
 
 def test_the_ssh_command_trusts_the_controllers_records_alone() -> None:

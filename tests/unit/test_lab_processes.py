@@ -14,10 +14,22 @@ import msgspec
 import pytest
 
 from appliance.lab import ports, processes
-from appliance.lab.layout import LabError
+from appliance.lab.layout import LabError, Process
 
 SLEEPS = "import time; time.sleep(600)"
 STUBBORN = "import signal, time; signal.signal(15, signal.SIG_IGN); print('ready', flush=True); time.sleep(600)"
+
+
+PARENT = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "the-lab"])
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+def end(leaders: list[Process], *, timeout_s: float, marker: str = "the-lab") -> int:
+    return processes.end(leaders, timeout_s=timeout_s, marker=marker)
 
 
 @pytest.fixture
@@ -25,7 +37,7 @@ def start() -> Iterator[Callable[[str], subprocess.Popen[bytes]]]:
     started: list[subprocess.Popen[bytes]] = []
 
     def begin(program: str) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, start_new_session=True)
         started.append(process)
         return process
 
@@ -46,7 +58,7 @@ def test_a_process_is_known_by_pid_start_and_boot(start: Callable[[str], subproc
 def test_ending_leaves_strangers_with_the_same_pid_alone(start: Callable[[str], subprocess.Popen[bytes]]) -> None:
     stranger = start(SLEEPS)
     known = processes.identify(stranger.pid)
-    assert processes.end([msgspec.structs.replace(known, started=known.started - 1)], timeout_s=0.2) == []
+    assert end([msgspec.structs.replace(known, started=known.started - 1)], timeout_s=0.2) == 0
     assert stranger.poll() is None
 
 
@@ -55,9 +67,9 @@ def test_ending_asks_first_and_kills_after_the_deadline(start: Callable[[str], s
     assert stubborn.stdout is not None
     stubborn.stdout.readline()
     known = [processes.identify(process.pid) for process in (gentle, stubborn)]
-    assert processes.end(known, timeout_s=1.0) == [known[1]]
+    assert end(known, timeout_s=1.0) == 1
     assert not any(processes.is_running(process) for process in known)
-    assert processes.end(known, timeout_s=1.0) == []
+    assert end(known, timeout_s=1.0) == 0
 
 
 def test_a_stopped_process_ends_too(start: Callable[[str], subprocess.Popen[bytes]]) -> None:
@@ -65,8 +77,31 @@ def test_a_stopped_process_ends_too(start: Callable[[str], subprocess.Popen[byte
     known = processes.identify(process.pid)
     process.send_signal(signal.SIGSTOP)
     began = time.monotonic()
-    assert processes.end([known], timeout_s=10.0) == []
+    assert end([known], timeout_s=10.0) == 0
     assert time.monotonic() - began < 5.0
+
+
+def test_what_a_leader_started_ends_with_it(start: Callable[[str], subprocess.Popen[bytes]]) -> None:
+    leader = start(PARENT)
+    assert leader.stdout is not None
+    child = processes.identify(int(leader.stdout.readline()))
+    assert end([processes.identify(leader.pid)], timeout_s=10.0) == 0
+    assert not processes.is_running(child)
+
+
+def test_orphans_of_a_killed_leader_end_where_they_are_the_labs(
+    start: Callable[[str], subprocess.Popen[bytes]],
+) -> None:
+    leader = start(PARENT)
+    assert leader.stdout is not None
+    child = processes.identify(int(leader.stdout.readline()))
+    known = processes.identify(leader.pid)
+    leader.kill()
+    leader.wait()
+    assert end([known], timeout_s=0.2, marker="another lab") == 0
+    assert processes.is_running(child)
+    assert end([known], timeout_s=10.0) == 0
+    assert not processes.is_running(child)
 
 
 def test_a_zombie_does_not_run(start: Callable[[str], subprocess.Popen[bytes]]) -> None:

@@ -143,6 +143,11 @@ class Fleet:
             self._last_heartbeat[link.se_id] = self._wall()
             self.look(link.se_id)
 
+    def reverse_checked(self, link: Link, error: str) -> None:
+        """The reverse path was tried; `error` is "" where an SE's own sshd answered."""
+        link.reverse_ok, link.reverse_error, link.reverse_at = not error, error, self._wall()
+        self.look(link.se_id)
+
     def lost(self, link: Link) -> None:
         """The connection is gone."""
         self._by_last_seen.pop(link.link_id, None)

@@ -60,6 +60,7 @@ class Link:
         "lost_text",
         "opened_at",
         "quarantined",
+        "reverse_at",
         "reverse_error",
         "reverse_granted",
         "reverse_ok",
@@ -100,6 +101,8 @@ class Link:
         """The SE asked for its own reverse address."""
         self.reverse_ok: bool | None = None
         self.reverse_error = ""
+        self.reverse_at = 0.0
+        """When the check last told, seconds since 1970."""
         self.lost_reason = Reason.LINK_LOST
         self.lost_text = ""
 

@@ -182,12 +182,18 @@ class OperatorApi:
         except UsageError as error:
             raise _found(error, 400) from None
         except NotFoundError:
+            tried = [entry for entry in self._registry.ses() if entry.attempt_id == subject]
+            if tried:
+                return self._told(tried[0])
             links = self._attempts.chain(subject)
             if links is None:
                 text = f"nothing is known of {subject!r}"
                 advice = "name an SE, a source address or the attempt id that the SE's console shows"
                 raise ProblemError(simple_problem(404, "NOTFOUND-001", text, advice=advice)) from None
             return Chain(subject=subject, side="controller", steps=links, verdict=verdict(links))
+        return self._told(record)
+
+    def _told(self, record: SeRecord) -> Chain:
         steps = self._chain(record)
         return Chain(subject=record.name, side="controller", steps=steps, verdict=verdict(steps))
 
@@ -212,10 +218,8 @@ class OperatorApi:
             ),
         ]  # fmt: skip
         if record.status is not SeStatus.ENROLLED and enrolled:
-            refused = Link(
-                step=Step.LINK, result=failed, at=record.status_at, text=derived.text, code=derived.reason.value,
-                hint=record.status_reason,
-            )  # fmt: skip
+            text = f"{derived.text}: {record.status_reason}" if record.status_reason else derived.text
+            refused = Link(step=Step.LINK, result=failed, at=record.status_at, text=text, code=derived.reason.value)
             return [*steps, refused]
         if link is None:
             last = seen.get(Step.LINK)
@@ -244,9 +248,17 @@ class OperatorApi:
             return [*steps, Link(step=Step.REVERSE, result=waiting, text="the check is queued")]
         if not link.reverse_ok:
             hint = "on the SE: systemctl status ssh; `appliance why` there tells its half"
-            reverse = Link(step=Step.REVERSE, result=failed, text=link.reverse_error, code="REVERSE_DOWN", hint=hint)
+            reverse = Link(
+                step=Step.REVERSE,
+                result=failed,
+                at=link.reverse_at,
+                text=link.reverse_error,
+                code="REVERSE_DOWN",
+                hint=hint,
+            )
             return [*steps, reverse]
-        return [*steps, Link(step=Step.REVERSE, result=ok, text="its sshd answers with the enrolled host key")]
+        text = "its sshd answers with the enrolled host key"
+        return [*steps, Link(step=Step.REVERSE, result=ok, at=link.reverse_at, text=text)]
 
     # Image keys.
 

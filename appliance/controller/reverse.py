@@ -160,8 +160,7 @@ class ReversePath:
         self._start(self._check(link))
 
     def _failed(self, link: Link, error: str) -> None:
-        link.reverse_ok, link.reverse_error = False, error
-        self._fleet.look(link.se_id)
+        self._fleet.reverse_checked(link, error)
 
     async def _check(self, link: Link) -> None:
         pauses = iter(CHECK_AGAIN_S)
@@ -172,8 +171,7 @@ class ReversePath:
             if self._fleet.link(link.se_id) is not link:
                 return
             if not error:
-                link.reverse_ok, link.reverse_error = True, ""
-                self._fleet.look(link.se_id)
+                self._fleet.reverse_checked(link, "")
                 return
             self._failed(link, error)
             pause_s = next(pauses, pause_s)

@@ -1,0 +1,133 @@
+"""The operator API and metrics of a real controller: what `appliance` commands and outside clients rely on."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import os
+import socket
+import subprocess
+import urllib.request
+from pathlib import Path
+
+import pytest
+from rig import RunningController, machine, until_async
+
+from appliance.errors import NotFoundError
+from appliance.protocol.why import Step, StepResult
+
+
+def test_why_names_the_first_step_that_failed_for_each_kind_of_subject(controller: RunningController) -> None:
+    async def go() -> None:
+        async with machine() as stand:
+            se = stand.se(controller.bundle, "told")
+            se.bundle = controller.bundle
+            await se.enroll()
+            chain = controller.operator.why("told")
+            assert chain.verdict.startswith("waiting for link")
+            await se.link()
+            await se.beat()
+            await until_async(lambda: controller.state("told") == "UP OK", what="UP")
+            number = str(se.grant.number)
+            for subject in ("told", number, se.se_id, se.grant.address, se.attempt_id):
+                chain = controller.operator.why(subject)
+                assert chain.verdict == "all steps happened"
+                assert [link.step for link in chain.steps] == list(Step)
+                assert all(link.at > 0 for link in chain.steps if link.result is StepResult.OK)
+            se.close()
+            await until_async(lambda: controller.state("told").startswith("DOWN"), what="DOWN")
+            assert "stopped at link" in controller.operator.why("told").verdict
+            controller.command("se", "revoke", "told", "--reason", "stolen")
+            assert "stolen" in controller.operator.why("told").verdict
+        with pytest.raises(NotFoundError):
+            controller.operator.why("198.51.100.7")
+
+    asyncio.run(go())
+
+
+def test_commands_speak_json_and_exit_codes(controller: RunningController) -> None:
+    for args in (("status",), ("se", "list"), ("image-key", "list"), ("audit", "verify"), ("controller", "show")):
+        json.loads(controller.command(*args, "--json").stdout)
+    assert json.loads(controller.command("audit", "verify", "--json").stdout)["intact"] is True
+    missing = controller.command("se", "show", "nobody", check=False)
+    assert missing.returncode == 10
+    assert "appliance se list" in missing.stderr
+    again = controller.command("controller", "init", "--address", "127.0.0.1", "--date", "now", check=False)
+    assert again.returncode == 4
+
+
+def test_metrics_are_on_loopback_and_read_only(controller: RunningController) -> None:
+    port = controller.bound["metrics_port"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    assert "appliance_build_info" in text
+    assert "appliance_audit_entries_total" in text
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/ses", method="GET")
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(request, timeout=10)
+
+
+def test_the_operator_socket_is_closed_to_others(controller: RunningController) -> None:
+    assert controller.paths.controller_socket.stat().st_mode & 0o777 == 0o660
+
+
+def test_who_did_it_is_in_the_audit(controller: RunningController) -> None:
+    controller.command("image-key", "create", "--note", "audited", "--out", str(controller.root / "k.json"))
+    entry = controller.operator.audit()[-1]
+    assert entry.action == "image-key.created"
+    assert f"uid {os.geteuid()}" in entry.actor
+
+
+def test_no_secret_is_told_anywhere(controller: RunningController) -> None:
+    """Private keys stand in their own 0600 files and nowhere else: not in logs, the store, the process list."""
+    state = controller.paths.controller_state
+    secrets = {
+        "image key": controller.bundle.image_key.splitlines()[1],
+        "root key": (state / "root-ca.key").read_text().splitlines()[1],
+        "login key": (state / "id_se").read_text().splitlines()[2],
+        "nonce key": (state / "nonce.key").read_bytes().hex(),
+    }
+    for path in state.rglob("*"):
+        if path.suffix not in {".pub", ".pem"} and path.is_file():
+            mode = path.stat().st_mode & 0o777
+            holds = [name for name, secret in secrets.items() if secret.encode() in path.read_bytes()]
+            assert not holds or mode == 0o600, f"{path} ({mode:o}) holds {holds}"
+    places = {
+        "log": controller.log.read_text(),
+        "store": (state / "store.sqlite").read_bytes().decode("latin1"),
+        "processes": subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True, check=True).stdout,
+        "audit": controller.command("audit", "show", "--json").stdout,
+    }
+    for place, text in places.items():
+        assert not [name for name, secret in secrets.items() if secret in text], place
+
+
+def test_events_can_be_followed(controller: RunningController) -> None:
+    last = controller.operator.events()[-1].id
+
+    async def go() -> None:
+        async with machine() as stand:
+            waiting = asyncio.create_task(asyncio.to_thread(controller.operator.events, after=last, wait_s=10))
+            await stand.se(controller.bundle, "followed").enroll()
+            assert (await waiting)[0].kind == "enroll.granted"
+
+    asyncio.run(go())
+
+
+def test_the_openapi_document_keeps_unknown_fields_out(controller: RunningController) -> None:
+    connection = http.client.HTTPConnection("controller")
+    connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.sock.connect(str(controller.paths.controller_socket))
+    connection.request("GET", "/v1/openapi.json")
+    document = json.loads(connection.getresponse().read())
+    connection.close()
+    assert document["openapi"] == "3.1.0"
+    assert document["components"]["schemas"]["Reasoned"]["additionalProperties"] is False
+
+
+def test_private_files_are_private(controller: RunningController) -> None:
+    wanted = {"root-ca.key": 0o600, "node.key": 0o600, "id_se": 0o600, "nonce.key": 0o600, "store.sqlite": 0o600}
+    for name, mode in wanted.items():
+        path: Path = controller.paths.controller_state / name
+        assert path.stat().st_mode & 0o777 == mode, name

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import os
 import shlex
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -56,6 +57,10 @@ def _connect(socket: Path) -> Operator:
     return Operator(socket)
 
 
+def _stop_like_ctrl_c(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 class _Progress:
     """Prints lines with the seconds since the command began, on stderr."""
 
@@ -96,6 +101,7 @@ def up(context: CliContext, ses: int, root: Path | None, deadline: float | None)
     from appliance.lab.up import bring_up
 
     layout, say = _layout(context, root), _Progress()
+    signal.signal(signal.SIGTERM, _stop_like_ctrl_c)
     try:
         lab = bring_up(layout, ses=ses, overrides=context.overrides, connect=_connect, say=say, deadline_s=deadline)
     except KeyboardInterrupt:
@@ -178,6 +184,7 @@ def demo(context: CliContext, ses: int, root: Path | None, keep: bool) -> None:
     # a short path: sockets lie below it, and a unix socket's name has room for 107 bytes
     layout = Layout(root) if root is not None else Layout(Path(tempfile.mkdtemp(prefix="appliance-demo-")))
     say = _Progress()
+    signal.signal(signal.SIGTERM, _stop_like_ctrl_c)
     try:
         _show(layout, context, ses=ses, say=say)
     except BaseException:

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import msgspec
@@ -29,6 +30,9 @@ MAX_SES = 200
 
 _REFUSED_IN_PATHS = "\"'\\%#{}"
 """Have a meaning of their own in sshd_config, known_hosts or TOML."""
+
+_MAX_SOCKET_PATH = 107
+"""sun_path of unix(7) less its closing NUL."""
 
 
 class LabError(ApplianceError):
@@ -152,6 +156,12 @@ class Layout:
                 f"{text!r} can't be a lab's root: it has white space or one of {_REFUSED_IN_PATHS}",
                 hint="give another one with --root; sshd's configuration can't carry such a path",
             )
+        longest = os.fsencode(self.controller.controller_socket)
+        if len(longest) > _MAX_SOCKET_PATH:
+            raise UsageError(
+                f"a lab at {text} would have socket paths of {len(longest)} bytes, {_MAX_SOCKET_PATH} are possible",
+                hint="give a shorter --root",
+            )
 
     @property
     def file(self) -> Path:
@@ -236,12 +246,18 @@ def ssh_command(layout: Layout, lab: Lab, address: str) -> list[str]:
     ]
 
 
-def to_toml(sections: dict[str, dict[str, object]]) -> str:
-    """Returns a settings file's text. Values are texts, numbers, booleans, or lists of them."""
+def _toml_value(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml_value(key)} = {_toml_value(inner)}" for key, inner in value.items()) + "}"
     # JSON's scalars and lists of them are TOML's, except for an escaped slash, which msgspec doesn't write
+    return msgspec.json.encode(value).decode()
+
+
+def to_toml(sections: dict[str, dict[str, object]]) -> str:
+    """Returns a settings file's text. Values are texts, numbers, booleans, lists or tables of them."""
     lines = []
     for section, values in sections.items():
         lines.append(f"[{section}]")
-        lines += [f"{key} = {msgspec.json.encode(value).decode()}" for key, value in values.items()]
+        lines += [f"{key} = {_toml_value(value)}" for key, value in values.items()]
         lines.append("")
     return "\n".join(lines)

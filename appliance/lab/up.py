@@ -14,7 +14,6 @@ What was started is left running when a later step fails, for the eyes of whoeve
 
 from __future__ import annotations
 
-import json
 import os
 import pwd
 import time
@@ -24,6 +23,7 @@ from typing import Protocol
 
 import msgspec
 
+from appliance import settings
 from appliance.errors import ApplianceError, UnreachableError, UsageError
 from appliance.lab import ports, processes, programs, sshd
 from appliance.lab.layout import (
@@ -127,9 +127,9 @@ def bring_up(
                 f"{layout.root} is no lab and not empty: {', '.join(foreign[:5])}",
                 hint="give an empty place with --root",
             )
+    work = _Work(layout, connect, say, overrides)
     make_dir(layout.root)
     with RootLock(layout.lock):
-        work = _Work(layout, connect, say, overrides)
         work.plan(ses)
         work.start_controller()
         for index in range(len(work.lab.ses)):
@@ -147,6 +147,8 @@ class _Work:
         self._operator = connect(layout.controller.controller_socket)
         self._say = say
         self._overrides = overrides
+        # all mistakes in them are told before anything is made; the lab's root itself has no settings file
+        self._wanted = settings.load(Paths(layout.root), environ={}, overrides=overrides)
         self.lab: Lab
 
     def _save(self, lab: Lab) -> None:
@@ -259,10 +261,10 @@ class _Work:
         """Writes an instance's settings: what the lab needs, then what the user wants for this role."""
         sections: dict[str, dict[str, object]] = {role: own}
         foreign = {"controller", "se"} - {role}
-        for dotted, text in self._overrides.items():
+        for dotted in self._overrides:
             section, _, key = dotted.partition(".")
             if section not in foreign:
-                sections.setdefault(section, {})[key] = _plain(text)
+                sections.setdefault(section, {})[key] = getattr(getattr(self._wanted, section), key)
         if not self._overrides and paths.settings_file.exists():
             return  # keeps what was wanted, or edited, since the lab was made
         make_dir(paths.settings_file.parent, mode=0o755)
@@ -357,15 +359,6 @@ def _user_name() -> str:
             f"user id {os.geteuid()} has no name on this machine, and sshd logs in names only",
             hint="add it to /etc/passwd, or run the lab as another user",
         ) from None
-
-
-def _plain(text: str) -> object:
-    """Reads an override as TOML would: number, true/false, list; anything else is a text."""
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text
-    return value if isinstance(value, int | float | bool | list) else text
 
 
 def _started(daemon: child.Daemon) -> Process:

@@ -106,6 +106,24 @@ def _runs(pid: int) -> bool:
     return state not in {"Z", "X"}
 
 
+def test_all_mistakes_in_settings_are_told_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ChildError) as caught:
+        lab(tmp_path / "x", "up", options=("--set", "controller.heartbeat_interval_s=abc", "--set", "se.sead=y"))
+    assert "heartbeat_interval_s" in caught.value.message
+    assert "did you mean 'seed'" in caught.value.message
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_se_that_does_not_come_up_is_told_with_its_reason(tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp().parent / f"lab-{os.getpid()}-b"
+    try:
+        with pytest.raises(ChildError, match="1 of 1 SEs aren't UP") as caught:
+            lab(path, "up", "--ses", "1", "--deadline", "6", options=("--set", "se.sshd_port=9"))
+        assert "se-1: controller: stopped at reverse path" in caught.value.message
+    finally:
+        lab(path, "down", "--remove")
+
+
 def test_a_place_that_is_no_lab_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "precious").touch()
     with pytest.raises(ChildError, match="is no lab and not empty: precious"):

@@ -38,6 +38,11 @@ def test_a_root_that_sshd_would_misread_is_refused(name: str) -> None:
         Layout(ROOT / name)
 
 
+def test_a_root_too_deep_for_sockets_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"paths of 1[0-9][0-9] bytes, 107 are possible"):
+        Layout(ROOT / ("x" * 70))
+
+
 def test_the_ssh_command_trusts_the_controllers_records_alone() -> None:
     command = lab_layout.ssh_command(Layout(ROOT), lab(), "127.1.0.1")
     assert command[:2] == ["ssh", "-F"]
@@ -49,7 +54,9 @@ def test_the_ssh_command_trusts_the_controllers_records_alone() -> None:
 
 
 def test_settings_are_written_as_toml_reads_them() -> None:
-    values: dict[str, dict[str, object]] = {"a": {"text": "x\\y/z ü\t", "on": True, "list": ["p", "q"], "half": 0.5}}
+    values: dict[str, dict[str, object]] = {
+        "a": {"text": "x\\y/z ü\t", "on": True, "list": ["p", "q"], "half": 0.5, "t": {"a": "b"}}
+    }
     assert tomllib.loads(lab_layout.to_toml(values)) == values
 
 

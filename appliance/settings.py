@@ -11,11 +11,9 @@ with commas there, tables as `name=value,name=value`.
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 import itertools
 import re
-import tomllib
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
@@ -232,11 +230,15 @@ def _from_overrides(overrides: Mapping[str, str], problems: list[str]) -> Iterat
 
 
 def _nearest(word: str, known: Mapping[str, object] | list[str]) -> str:
+    import difflib  # for mistakes only
+
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
 
 
 def _nearest_key(section: str, name: str) -> str:
+    import difflib
+
     own = [key for known, key in _TYPES if known == section]
     if not difflib.get_close_matches(name, own, n=1):
         for known, key in _TYPES:
@@ -255,6 +257,8 @@ _AT_LINE = re.compile(r"\(at line (\d+), column \d+\)")
 
 def _parse(lines: list[str], *, file: str, problems: list[str]) -> dict[str, Any]:
     """Parses TOML; a line that doesn't parse is reported, taken out, and the rest is read all the same."""
+    import tomllib  # an SE without a settings file does without it
+
     rest = list(lines)
     for _ in range(_MAX_SYNTAX_ERRORS):
         try:

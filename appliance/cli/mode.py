@@ -75,16 +75,11 @@ def set_(context: CliContext, role: str, force: bool) -> None:
     machine = units.machine_of(paths, context.settings, units=shipped_units(), progress=_say)
     not_done: list[str] = []
     if target is mode.Mode.CONTROLLER:
-        held = _ssh_port_held(context)
-        if held and isinstance(machine, units.SystemdMachine):
-            raise ModeError(
-                held,
-                hint="move it, for example sshd with `Port 2222` in /etc/ssh/sshd_config, "
-                "or set controller.ssh_listen; nothing was changed",
-                code="MODE-004",
-            )
-        if held:
-            not_done.append(held)
+        obstacles = _obstacles(context)
+        # Where systemd is about to start the daemon it would only fail; elsewhere somebody starts it later.
+        if obstacles and isinstance(machine, units.SystemdMachine):
+            raise obstacles[0]
+        not_done.extend(error.message for error in obstacles)
     moves = mode.change(
         paths,
         target,
@@ -119,8 +114,31 @@ def shipped_units() -> dict[str, str]:
     return {file.name: file.read_text("utf-8") for file in sorted(directory.iterdir()) if file.is_file()}
 
 
+def _obstacles(context: CliContext) -> list[ModeError]:
+    """Returns what would keep a controller from starting here."""
+    found = []
+    if not (context.paths.controller_state / "cluster.json").exists():
+        found.append(
+            ModeError(
+                "there is no cluster on this machine yet",
+                hint="make one first: `appliance controller init --address …`; nothing was changed",
+                code="MODE-008",
+            )
+        )
+    if held := _ssh_port_held(context):
+        found.append(
+            ModeError(
+                held,
+                hint="move it, for example sshd with `Port 2222` in /etc/ssh/sshd_config, "
+                "or set controller.ssh_listen; nothing was changed",
+                code="MODE-004",
+            )
+        )
+    return found
+
+
 def _ssh_port_held(context: CliContext) -> str:
-    """Returns who else holds the gateway's port, a clause; "" where nobody does, or where it is our own daemon."""
+    """Returns who else holds the gateway's port, a sentence; "" where nobody does, or where it is our own daemon."""
     from appliance.protocol.address import parse_endpoint
     from appliance.runtime import host
     from appliance.storage.lock import holder

@@ -58,7 +58,9 @@ def test_text_sources_are_read_by_the_type_of_the_setting(load: Load) -> None:
         "APPLIANCE_CONTROLLER_ALLOW_CURVE25519": "true",
         "APPLIANCE_CLOCK_OFFSET_S": "-3.5",
     }
-    found = load(environ=environ, se__forwards="metrics=127.0.0.1:9000,api=[::1]:9001")
+    services = "metrics=10.0.0.1:9090"
+    found = load(environ=environ, se__forwards="metrics=127.0.0.1:9000,api=[::1]:9001", controller__services=services)
+    assert found.controller.services == {"metrics": "10.0.0.1:9090"}
     assert found.controller.reverse_users == ("root", "admin")
     assert found.controller.allow_curve25519 is True
     assert found.clock.offset_s == -3.5
@@ -154,6 +156,8 @@ def test_a_bad_value_is_told_even_where_a_higher_source_replaces_it(load: Load) 
         ("[se]\nsshd_port = 0\n", ">= 1"),
         ("[se.forwards]\nchannel = '127.0.0.1:1'\n", "the channel API is never reachable through a port"),
         ("[se.forwards]\nx = '10.0.0.1:1'\n", "expected a loopback address"),
+        ("[controller.services]\nchannel = '10.0.0.1:1'\n", "can't name a service"),
+        ("[controller.services]\nx = '10.0.0.1'\n", "expected host:port"),
         ("[se]\nenroll_listen = 'x'\n", "did you mean controller.enroll_listen?"),
         ("[log]\nqqqqq = 'x'\n", "known are level"),
         ("log = 3\n", "'log' is a section, write [log]"),
@@ -166,7 +170,7 @@ def test_what_does_not_hold_is_refused(load: Load, text: str, expected: str) -> 
 
 def test_a_pair_without_a_value_is_refused(load: Load) -> None:
     (found,) = problems(load, se__forwards="metrics")
-    assert "expected name=127.0.0.1:port" in found
+    assert "expected name=host:port" in found
 
 
 def test_a_contradiction_of_a_default_is_named_as_such(load: Load) -> None:

@@ -142,7 +142,7 @@ class ChannelApi:
         tickets = record.tickets
         older = fleet.link(link.se_id)
         answers = False
-        if older is not None and not tunnel.is_current(tickets, hello.ticket):
+        if older is not None:
             answers = await ping(older) and fleet.link(link.se_id) is older
             record = self._record(link)
         verdict = tunnel.judge_newcomer(tickets, hello.ticket, older_link_answers=answers)

@@ -178,8 +178,7 @@ def advance(state: LinkState, event: LinkEvent) -> LinkState:
 class Newcomer(enum.Enum):
     """What happens to a link that comes with an SE's key."""
 
-    ADMIT = "admit"
-    TAKE_OVER = "take over, close the older link"
+    ADMIT = "admit, close an older link"
     ROLLED_BACK = "admit, the SE came back with an older ticket"
     QUARANTINE = "quarantine, a clone"
 
@@ -203,19 +202,27 @@ def is_current(tickets: Tickets, ticket: str) -> bool:
 
 
 def judge_newcomer(tickets: Tickets, ticket: str, *, older_link_answers: bool) -> Newcomer:
-    """The take-over table (DESIGN section 8).
+    """The take-over table.
+
+        ticket          an older link answers a ping   verdict
+        superseded      -                              QUARANTINE: the twin of an SE that came back with an older ticket
+        any other       yes                            QUARANTINE: one SE never has two living links to one node
+        current         no                             ADMIT; a dead older link is closed
+        older, or none  no                             ROLLED_BACK: admitted and told
+
+    An SE closes a link before it dials again, so an older link that still answers belongs to somebody else, whatever
+    the newcomer shows: a copy of a running SE's disk has the current ticket (docs/adr/0007).
 
     Args:
         tickets: what the controller knows.
         ticket: what the newcomer shows.
-        older_link_answers: whether a link of the same SE exists and answered a ping within `DEADLINE_S`; looked at only
-            where the ticket isn't current.
+        older_link_answers: whether a link of the same SE exists and answered a ping within `DEADLINE_S`.
     """
     if tickets.superseded and ticket == tickets.superseded:
         return Newcomer.QUARANTINE
-    if is_current(tickets, ticket):
-        return Newcomer.TAKE_OVER
-    return Newcomer.QUARANTINE if older_link_answers else Newcomer.ROLLED_BACK
+    if older_link_answers:
+        return Newcomer.QUARANTINE
+    return Newcomer.ADMIT if is_current(tickets, ticket) else Newcomer.ROLLED_BACK
 
 
 def heartbeat_interval(fleet_size: int, base_s: float) -> float:

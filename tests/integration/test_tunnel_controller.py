@@ -200,16 +200,35 @@ def test_what_comes_out_of_order_is_refused(controller: RunningController) -> No
 # Clones, take-over, roll-back.
 
 
-def test_a_reconnect_takes_over_at_once(controller: RunningController) -> None:
+def test_a_reconnect_takes_over_from_a_link_that_is_half_open(controller: RunningController) -> None:
+    """The SE's machine lost power: the controller never heard the end of the older link."""
+
     async def go() -> None:
         async with machine() as stand:
             se = await linked(stand, controller, "takes-over")
             older = se.conn
+            older._transport.pause_reading()
             se._channel = None
-            await se.link()
+            answer = await se.link()
+            assert not answer.quarantined
             await se.beat()
+            older._transport.resume_reading()
             await asyncio.wait_for(older.wait_closed(), 3)
             assert not controller.operator.se("takes-over").alarms
+
+    asyncio.run(go())
+
+
+def test_a_reconnect_after_a_closed_link_is_admitted_at_once(controller: RunningController) -> None:
+    async def go() -> None:
+        async with machine() as stand:
+            se = await linked(stand, controller, "at-once")
+            for _ in range(5):
+                se.close()
+                began = time.monotonic()
+                assert not (await se.link()).quarantined
+                assert time.monotonic() - began < tunnel.DEADLINE_S
+            assert not controller.operator.se("at-once").alarms
 
     asyncio.run(go())
 
@@ -227,22 +246,28 @@ def test_a_lost_confirmation_is_no_clone(controller: RunningController) -> None:
             se.close()
             answer = await se.link()
             assert not answer.quarantined
-            assert "take over" in answer.reason
+            assert "admit," in answer.reason
             assert not controller.operator.se("unconfirmed").alarms
 
     asyncio.run(go())
 
 
-def test_a_copied_state_is_quarantined_and_the_first_one_stays_up(controller: RunningController) -> None:
+@pytest.mark.parametrize("moved_on", [True, False], ids=["older ticket", "current ticket"])
+def test_a_copied_state_is_quarantined_and_the_first_one_stays_up(
+    controller: RunningController, moved_on: bool
+) -> None:
+    name = f"copied-{moved_on}"
+
     async def go() -> None:
         async with machine() as stand:
-            se = await linked(stand, controller, "copied")
-            copy = stand.se(controller.bundle, "copied")
+            se = await linked(stand, controller, name)
+            copy = stand.se(controller.bundle, name)
             copy.identity, copy.se_id, copy.grant, copy.ticket = se.identity, se.se_id, se.grant, se.ticket
-            # The original moves on to its next ticket; the copy stays behind with the older one.
-            se.close()
-            await se.link()
-            await se.beat()
+            if moved_on:
+                # The original goes on to its next ticket; the copy stays behind with the older one.
+                se.close()
+                await se.link()
+                await se.beat()
             answer = await copy.link()
             assert answer.quarantined
             # A quarantined link may ping, and nothing else.
@@ -250,8 +275,8 @@ def test_a_copied_state_is_quarantined_and_the_first_one_stays_up(controller: Ru
             with pytest.raises((asyncssh.ChannelListenError, asyncssh.Error)):
                 await copy.conn.forward_remote_port(se.grant.address, REVERSE_PORT, "127.0.0.1", 22)
             await se.beat()
-            await until_async(lambda: controller.state("copied") == "UP CLONE", what="the clone alarm")
-            detail = controller.operator.se("copied")
+            await until_async(lambda: controller.state(name) == "UP CLONE", what="the clone alarm")
+            detail = controller.operator.se(name)
             assert "quarantine" in detail.alarms[0]
             kinds = [event.kind for event in controller.operator.events()]
             assert "se.clone" in kinds
@@ -391,7 +416,7 @@ def test_all_ses_come_back_after_kill_9(tmp_path: Path) -> None:
                 for se in ses:
                     se.close()
                     answer = await se.link()
-                    assert "take over" in answer.reason
+                    assert "admit," in answer.reason
                     await se.beat()
                 await until_async(lambda: {controller.state(se.name) for se in ses} == {"UP OK"}, what="all UP again")
 

@@ -87,10 +87,10 @@ RESTORED = Tickets(current="c", superseded="s")
 def test_the_take_over_table(tickets: Tickets, ticket: str, current: bool, answers: bool) -> None:
     assert is_current(tickets, ticket) is current
     verdict = judge_newcomer(tickets, ticket, older_link_answers=answers)
-    if current:
-        assert verdict is Newcomer.TAKE_OVER
+    if answers:
+        assert verdict is Newcomer.QUARANTINE
     else:
-        assert verdict is (Newcomer.QUARANTINE if answers else Newcomer.ROLLED_BACK)
+        assert verdict is (Newcomer.ADMIT if current else Newcomer.ROLLED_BACK)
 
 
 @pytest.mark.parametrize("answers", [True, False])

@@ -242,8 +242,10 @@ def check_ports(paths: Paths, settings: Settings, role: Mode) -> Iterator[Findin
             yield Finding("port", Result.OK, f"{name} port {port} is ours")
         else:
             who = f"{found[1]} (process {found[0]})" if found[0] else found[1]
-            result = Result.FAIL if role is Mode.CONTROLLER else Result.WARN
-            hint = "move that service to another port, or change ours in [controller]"
+            # Whose it is, only root can see: it may well be our own daemon.
+            is_foreign = role is Mode.CONTROLLER and found[0] != 0
+            hint = "move that service to another port, or change ours in [controller]" if found[0] else "look as root"
+            result = Result.FAIL if is_foreign else Result.WARN
             yield Finding("port", result, f"{name} port {port} is held by {who}", hint)
 
 

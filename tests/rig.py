@@ -57,13 +57,15 @@ class RunningController:
     def __init__(
         self, root: Path, *, settings: dict[str, Any] | None = None,
         clock: dict[str, Any] | None = None, services: dict[str, str] | None = None,
+        address: str = "127.0.0.1", seen: tuple[int, int] | None = None,
     ) -> None:  # fmt: skip
+        """`address` is bound and told to SEs; `seen` are the enroll and SSH ports told to them instead of the own."""
         self.root = root
         self.paths = Paths(root)
         self.enroll_port, self.ssh_port = free_ports(2)
         terms: dict[str, Any] = {
-            "enroll_listen": f"127.0.0.1:{self.enroll_port}",
-            "ssh_listen": f"127.0.0.1:{self.ssh_port}",
+            "enroll_listen": f"{address}:{self.enroll_port}",
+            "ssh_listen": f"{address}:{self.ssh_port}",
             "reverse_port": 0,
             "metrics_listen": "127.0.0.1:0",
             **(settings or {}),
@@ -75,7 +77,9 @@ class RunningController:
         self.paths.settings_file.write_text("\n".join(lines) + "\n")
         self.log = root / "daemon.log"
         self.process: subprocess.Popen[bytes] | None = None
-        self.command("controller", "init", "--address", "127.0.0.1", "--date", "now")
+        enroll, ssh = seen or (self.enroll_port, self.ssh_port)
+        ports = ("--enroll-port", str(enroll), "--ssh-port", str(ssh))
+        self.command("controller", "init", "--address", address, *ports, "--date", "now")
         self.command("mode", "set", "controller")
 
     def command(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:

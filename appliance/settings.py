@@ -59,10 +59,12 @@ class Controller(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     heartbeat_interval_s: Annotated[float, Meta(ge=0.1, le=300)] = 5.0
     allow_curve25519: bool = False
     """Offers a key exchange without post-quantum protection beside mlkem768x25519-sha256."""
-    enroll_rate_per_s: Rate = 200.0
-    enroll_burst: Count = 1000
-    source_rate_per_s: Rate = 100.0
-    source_burst: Count = 1000
+    enroll_rate_per_s: Rate = 500.0
+    """Requests, of which an enrollment takes two (nonce and enroll)."""
+    enroll_burst: Count = 5000
+    source_rate_per_s: Rate = 250.0
+    source_burst: Count = 4000
+    """A thousand VMs behind one NAT are one source, and each may have to try twice."""
     max_unauthenticated: Count = 2000
     max_unauthenticated_per_source: Count = 1000
     handshake_timeout_s: Seconds = 10.0

@@ -408,8 +408,11 @@ def _actor(transport: Any) -> dict[str, Any]:
 
 
 def _raise_descriptor_limit() -> None:
-    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:
+        _log.warning("at most %d files may be open, the limit can't be raised: %s", soft, error)
 
 
 async def _main(paths: Paths, settings: Settings, clock: Clock) -> None:

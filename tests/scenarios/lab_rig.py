@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import pwd
@@ -51,7 +52,7 @@ class Resources(NamedTuple):
 def resources(pid: int) -> Resources:
     """Counts descriptors and threads of a process."""
     threads = Path(f"/proc/{pid}/status").read_text().partition("Threads:")[2].split()[0]
-    return Resources(len(os.listdir(f"/proc/{pid}/fd")), int(threads))
+    return Resources(sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir()), int(threads))
 
 
 class Cable:
@@ -325,16 +326,17 @@ class Site:
     """A controller behind two cables, and SEs."""
 
     def __init__(
-        self, root: Path, *, settings: dict[str, Any] | None = None, clock: dict[str, Any] | None = None
-    ) -> None:
+        self, root: Path, *, settings: dict[str, Any] | None = None, clock: dict[str, Any] | None = None,
+        address: str = "",
+    ) -> None:  # fmt: skip
+        """With an `address` the controller listens there, and SEs reach it without a cable of ours."""
         self.layout = Layout(root)
         self.enroll, self.ssh = Cable(), Cable()
         self.ses: list[RealSe] = []
         user = pwd.getpwuid(os.geteuid()).pw_name
         terms = {"heartbeat_interval_s": INTERVAL_S, "reverse_users": [user], **(settings or {})}
-        self.controller = RunningController(
-            self.layout.controller.root, settings=terms, clock=clock, seen=(self.enroll.port, self.ssh.port)
-        )
+        where: dict[str, Any] = {"address": address} if address else {"seen": (self.enroll.port, self.ssh.port)}
+        self.controller = RunningController(self.layout.controller.root, settings=terms, clock=clock, **where)
         self.enroll.target, self.ssh.target = self.controller.enroll_port, self.controller.ssh_port
 
     @property
@@ -378,7 +380,7 @@ class Site:
         """Whether the controller has this SE's samples from `since` until now, none further apart than `most_s`."""
         times = [sample.time for sample in self.controller.operator.telemetry(se.name, since=since)]
         marks = [since, *times, time.time()]
-        return bool(times) and all(later - earlier <= most_s for earlier, later in zip(marks, marks[1:], strict=False))
+        return bool(times) and all(later - earlier <= most_s for earlier, later in itertools.pairwise(marks))
 
     def close(self) -> None:
         """Ends everything."""

@@ -6,7 +6,6 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from lab_rig import NOTICE_S, SLACK_S, RealSe, Site, no_leak, site

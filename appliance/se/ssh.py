@@ -103,7 +103,7 @@ class SshConnection:
                 f"the gateway refused a channel to {host}:{port}: {error.text}", code="TUNNEL-037"
             ) from None
         except _FAILURES as error:
-            raise TunnelError(f"the link ended: {_reason(error)}", code="TUNNEL-035") from None
+            raise TunnelError(self._ended(error), code="TUNNEL-035") from None
 
     def serve_reverse(self, address: str, port: int, accepted: queue.SimpleQueue[ByteChannel | None]) -> None:
         """Asks for connections to `address:port` on the node; they come as channels in `accepted`.
@@ -120,12 +120,19 @@ class SshConnection:
             self._transport.request_port_forward(address, port, handler=take)
         except _FAILURES as error:
             if not self._transport.is_active():
-                raise TunnelError(f"the link ended: {_reason(error)}", code="TUNNEL-035") from None
+                raise TunnelError(self._ended(error), code="TUNNEL-035") from None
             raise TunnelError(
                 f"the gateway refused to serve {address}:{port} for this SE",
                 hint="is it this SE's own address? see `appliance why` on the controller",
                 code="TUNNEL-038",
             ) from None
+
+    def _ended(self, error: Exception) -> str:
+        """Says why the link ended: paramiko's own "SSH session not active" tells an operator nothing."""
+        if self._transport.is_active():
+            return f"the link ended: {_reason(error)}"
+        reason = self._transport.get_exception()
+        return f"the link ended: {_reason(reason) if reason else 'the peer closed the connection'}"
 
     def say_goodbye(self) -> None:
         """Tells the gateway that this end is meant. Only from a thread that may wait; the guard limits it."""

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import logging.handlers
 import os
+import queue
 import sys
-import time
 from functools import partial
+from typing import Any
 
 from appliance.errors import ApplianceError
 from appliance.paths import Paths
@@ -101,12 +102,15 @@ def _start_over() -> None:
 
 def _flush_log() -> None:
     """Waits until what was logged is written: the writer thread doesn't survive exec."""
-    deadline = time.monotonic() + log.CLOSE_TIMEOUT_S
     for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.handlers.QueueHandler):
+        if isinstance(handler, logging.handlers.QueueHandler) and isinstance(handler.queue, queue.Queue):
             records = handler.queue
-            while getattr(records, "unfinished_tasks", 0) and time.monotonic() < deadline:
-                time.sleep(0.005)
+            with records.all_tasks_done:
+                records.all_tasks_done.wait_for(partial(_is_written, records), log.CLOSE_TIMEOUT_S)
+
+
+def _is_written(records: queue.Queue[Any]) -> bool:
+    return not records.unfinished_tasks
 
 
 def _enroll(

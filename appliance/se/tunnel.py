@@ -260,7 +260,11 @@ class Link:
             said.CONFIRM_PATH, said.Confirm(ticket=answer.ticket), said.ConfirmAnswer, timeout_s=LOGIN_DEADLINE_S
         )
         self._move(LinkEvent.CONFIRMED)
-        caller.tell(Step.HELLO, StepResult.OK, f"answered by node {node}: {answer.reason}", "", "")
+        text = f"answered by node {node}"
+        if answer.reason == said.Newcomer.ROLLED_BACK.value:
+            text += f": {answer.reason}"
+            self._log.warning("%s", text, extra={"node": node})
+        caller.tell(Step.HELLO, StepResult.OK, text, "", "")
         if confirmed.spent:
             caller.spent()
         if answer.trust is not None:

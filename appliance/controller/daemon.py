@@ -42,7 +42,7 @@ from appliance.controller.store.sqlite import SqliteStore
 from appliance.controller.telemetry import History
 from appliance.controller.tunnel import Gateway
 from appliance.controller.web import Endpoint, Request, StreamingResponse, application
-from appliance.errors import ApplianceError, TrustError
+from appliance.errors import ApplianceError, StorageError, TrustError
 from appliance.paths import Paths
 from appliance.pki import ssh_keys, tls
 from appliance.protocol import enroll as enroll_said
@@ -190,7 +190,7 @@ class Controller:
         files = self.material.files
         try:
             return tls.server_context(files.node_certificate, files.node_key)
-        except TrustError as error:
+        except (TrustError, StorageError) as error:
             # A power cut between the two files of a renewal leaves a pair that doesn't match.
             _log.warning("the node certificate is issued anew: %s", error.message)
             self.material.renew_node_certificate(int(self.clock.now()))
@@ -448,7 +448,9 @@ def run(paths: Paths, settings: Settings) -> int:
     make_dir(paths.state, mode=0o755)
     make_dir(paths.run, mode=0o755)
     with RootLock(paths.lock):
-        Material(Files(paths.controller_state))
+        files = Files(paths.controller_state)
+        files.check_ready()
+        Material(files)
         _raise_descriptor_limit()
         uvloop.run(_main(paths, settings, clock))
     return 0

@@ -28,8 +28,6 @@ from appliance.runtime.clock import Clock
 from appliance.storage.atomic import make_dir, write_atomic
 from appliance.storage.lock import RootLock
 
-READY_FILE = "initialised"
-
 
 class ControllerInit(NamedTuple):
     """What was made."""
@@ -88,7 +86,7 @@ def initialise(
     files = Files(paths.controller_state)
     make_dir(paths.state, mode=0o755)
     with RootLock(paths.lock):
-        if (files.state / READY_FILE).exists():
+        if files.ready.exists():
             raise StorageError(
                 f"{files.state} holds an initialised controller",
                 hint="nothing was changed; `appliance controller show` tells about it",
@@ -106,7 +104,7 @@ def initialise(
         loaded = Material(files)
         wish = image_key or ImageKeyTermsWish()
         image_key_id, bundle_path = asyncio.run(_first_image_key(files, loaded, wish, clock, now))
-        write_atomic(files.state / READY_FILE, b"", mode=0o644)
+        write_atomic(files.ready, b"", mode=0o644)
     return ControllerInit(
         cluster_id=loaded.cluster.cluster_id,
         bundle_path=bundle_path,

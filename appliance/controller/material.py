@@ -6,26 +6,37 @@ node.pem/.key         this node's TLS certificate
 ssh_host_ed25519_key  this node's SSH host key
 id_se                 the key that logs in to SEs over the reverse path
 trust.json            the newest trust document, in its envelope
+rotation.json         changes of roots and keys under way, see `rotation`; next-* and former-* are theirs
+cross-ca.pem          the root's key, certified by the root before it: sent with the node certificate
 nonce.key             32 bytes that authenticate nonces
 bundles/<id>.json     bundles of image keys made at init, for image pipelines (0600)
+store.sqlite          the store
+initialised           empty; written last by `controller init`
 """
 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
-from appliance.errors import StorageError
+from appliance.errors import StorageError, TrustError
 from appliance.pki import ssh_keys
-from appliance.pki.authority import Authority, certificate_terms
+from appliance.pki.authority import Authority, CertificateTerms, certificate_terms
 from appliance.pki.trust import verify_trust
 from appliance.protocol import strict_json
 from appliance.protocol.address import format_endpoint
+from appliance.protocol.strict_json import MalformedError
 from appliance.protocol.trust import MAX_TRUST_BYTES, TRUST_TYPE, Envelope, TrustDocument, TrustNode
 from appliance.storage.atomic import make_dir, read_limited, write_atomic
 
+T = TypeVar("T")
+
+MAX_FILE_BYTES = 64 * 1024
+NONCE_KEY_BYTES = 32
 NODE_CERTIFICATE_DAYS = 90
 RENEW_AT = 2 / 3
 """Part of a node certificate's life after which it is renewed."""
@@ -51,6 +62,7 @@ class Files:
         self.cluster = state / "cluster.json"
         self.root_certificate = state / "root-ca.pem"
         self.root_key = state / "root-ca.key"
+        self.cross_certificate = state / "cross-ca.pem"
         self.node_certificate = state / "node.pem"
         self.node_key = state / "node.key"
         self.host_key = state / "ssh_host_ed25519_key"
@@ -59,40 +71,128 @@ class Files:
         self.nonce_key = state / "nonce.key"
         self.bundles = state / "bundles"
         self.store = state / "store.sqlite"
+        self.ready = state / "initialised"
+
+    def former(self, path: Path) -> Path:
+        """Where the root's file `path` is kept after a change of root."""
+        return path.with_name(f"former-{path.name}")
+
+    def successor(self, path: Path) -> Path:
+        """Where the successor of `path` lies until it takes its place."""
+        return path.with_name(f"next-{path.name}")
+
+    def check_ready(self) -> None:
+        """Raises `StorageError` where `controller init` hasn't run to its end; it would start anew."""
+        if not self.ready.exists():
+            raise StorageError(
+                f"{self.state} holds no initialised controller",
+                hint="run `appliance controller init`, or restore a backup",
+            )
+
+
+def _load(path: Path, decode: Callable[[bytes], T], *, max_bytes: int = MAX_FILE_BYTES) -> T:
+    """Reads and decodes one file. Raises `StorageError` naming it, where it is missing or damaged."""
+    hint = f"restore it from a backup of {path.parent}"
+    try:
+        return decode(read_limited(path, max_bytes=max_bytes))
+    except FileNotFoundError:
+        raise StorageError(f"{path} is missing", hint=hint) from None
+    except (MalformedError, TrustError) as error:
+        raise StorageError(f"{path} is damaged: {error.message}", hint=hint) from None
+
+
+def _certificate(pem: bytes) -> bytes:
+    certificate_terms(pem)
+    return pem
+
+
+def _nonce_key(raw: bytes) -> bytes:
+    # A shorter key would still make MACs, which anybody could make: of an empty file for example.
+    if len(raw) != NONCE_KEY_BYTES:
+        raise MalformedError(f"{len(raw)} bytes, {NONCE_KEY_BYTES} expected")
+    return raw
+
+
+def _public_line(private: bytes) -> str:
+    return ssh_keys.public_line(ssh_keys.load_private(private).public_key().public_bytes_raw())
+
+
+def _load_authority(certificate: Path, key: Path) -> Authority:
+    pem = _load(certificate, _certificate)
+    return _load(key, lambda raw: Authority.load(pem, raw))
 
 
 class Material:
     """The loaded material. Private halves stay inside `pki` types."""
 
     def __init__(self, files: Files) -> None:
-        """Loads everything. Raises `StorageError` where `controller init` has not run or a file is missing."""
+        """Loads everything but the node certificate, which can be issued anew.
+
+        Raises:
+            StorageError: a file is missing or damaged, or two of them don't belong together; it names them.
+        """
         self.files = files
-        try:
-            self.cluster = strict_json.decode(
-                read_limited(files.cluster, max_bytes=65536), ClusterFile, max_bytes=65536
-            )
-            self.root_pem = read_limited(files.root_certificate, max_bytes=65536).decode()
-            self.authority = Authority.load(self.root_pem.encode(), read_limited(files.root_key, max_bytes=65536))
-            self.envelope = strict_json.decode(
-                read_limited(files.trust, max_bytes=MAX_TRUST_BYTES), Envelope, max_bytes=MAX_TRUST_BYTES
-            )
-            self.nonce_key = read_limited(files.nonce_key, max_bytes=64)
-        except FileNotFoundError as error:
+        self.cluster = _load(files.cluster, lambda raw: strict_json.decode(raw, ClusterFile, max_bytes=MAX_FILE_BYTES))
+        self.former: Authority | None = None
+        self.load_authorities()
+        if self.authority.cluster_id != self.cluster.cluster_id:
             raise StorageError(
-                f"{error.filename} is missing: this root holds no initialised controller",
-                hint="run `appliance controller init`, or restore a backup",
-            ) from None
-        self.trust: TrustDocument = verify_trust(self.envelope, anchors=[self.root_pem], current=None)
+                f"{files.root_certificate} is of cluster {self.authority.cluster_id}, {files.cluster} of "
+                f"{self.cluster.cluster_id}",
+                hint=f"restore both from one backup of {files.state}",
+            )
+        self.envelope, self.trust = _load(files.trust, self._verified, max_bytes=MAX_TRUST_BYTES)
+        self.nonce_key = _load(files.nonce_key, _nonce_key)
+        host_key = _load(files.host_key, _public_line)
+        _load(files.login_key, _public_line)
+        if not any(host_key in node.host_keys for node in self.trust.nodes if node.number == self.cluster.node):
+            raise StorageError(
+                f"{files.host_key} is not the host key that {files.trust} tells SEs: none of them would link",
+                hint=f"restore both from one backup of {files.state}",
+            )
+
+    def load_authorities(self) -> None:
+        """Loads the root, and its predecessor and successor where there are such.
+
+        Raises:
+            StorageError: a file is missing or damaged, or a pair doesn't belong together.
+        """
+        files = self.files
+        self.authority = _load_authority(files.root_certificate, files.root_key)
+        self.root_pem = self.authority.certificate_pem.decode()
+        self.former, self.successor = (
+            _load_authority(place(files.root_certificate), place(files.root_key))
+            if place(files.root_key).exists() and place(files.root_certificate).exists()
+            else None
+            for place in (files.former, files.successor)
+        )
+
+    @property
+    def signers(self) -> list[Authority]:
+        """Who signs a trust document: the root, and during and after a change of root the other one too."""
+        return [entry for entry in (self.authority, self.successor, self.former) if entry is not None]
+
+    def _verified(self, raw: bytes) -> tuple[Envelope, TrustDocument]:
+        envelope = strict_json.decode(raw, Envelope, max_bytes=MAX_TRUST_BYTES)
+        return envelope, verify_trust(envelope, anchors=[self.root_pem], current=None)
+
+    def _node_terms(self) -> CertificateTerms | None:
+        """The node certificate's terms, or None where it is missing or damaged."""
+        try:
+            return _load(self.files.node_certificate, certificate_terms)
+        except StorageError:
+            return None
 
     @property
     def node_certificate_expires_at(self) -> int:
-        """End of the node certificate's life, seconds since 1970."""
-        return certificate_terms(self.files.node_certificate.read_bytes()).not_after
+        """End of the node certificate's life, seconds since 1970; 0 where there is none that can be read."""
+        terms = self._node_terms()
+        return terms.not_after if terms else 0
 
     def renewal_due(self, now: float) -> bool:
-        """Whether two thirds of the node certificate's life are over."""
-        terms = certificate_terms(self.files.node_certificate.read_bytes())
-        return now >= terms.not_before + (terms.not_after - terms.not_before) * RENEW_AT
+        """Whether two thirds of the node certificate's life are over, or there is none that can be read."""
+        terms = self._node_terms()
+        return terms is None or now >= terms.not_before + (terms.not_after - terms.not_before) * RENEW_AT
 
     def renew_node_certificate(self, now: int) -> None:
         """Issues a new node key and certificate; the live listener reloads them from the same paths.
@@ -107,7 +207,11 @@ def issue_node_certificate(authority: Authority, files: Files, cluster: ClusterF
     """Writes a fresh node key and certificate."""
     issued = authority.issue_node(node=cluster.node, addresses=cluster.addresses, now=now, days=NODE_CERTIFICATE_DAYS)
     write_atomic(files.node_key, issued.key.reveal(), mode=0o600)
-    write_atomic(files.node_certificate, issued.certificate_pem, mode=0o644)
+    chain = issued.certificate_pem
+    if files.cross_certificate.exists():
+        # Who still trusts only the former root gets to this node by way of it.
+        chain += _load(files.cross_certificate, _certificate)
+    write_atomic(files.node_certificate, chain, mode=0o644)
 
 
 def create(files: Files, *, cluster_id: str, addresses: list[str], enroll_port: int, ssh_port: int, now: int) -> None:
@@ -127,7 +231,7 @@ def create(files: Files, *, cluster_id: str, addresses: list[str], enroll_port: 
         lines[path] = line
         write_atomic(path, private.reveal(), mode=0o600)
         write_atomic(path.with_name(path.name + ".pub"), line.encode() + b"\n", mode=0o644)
-    write_atomic(files.nonce_key, secrets.token_bytes(32), mode=0o600)
+    write_atomic(files.nonce_key, secrets.token_bytes(NONCE_KEY_BYTES), mode=0o600)
     trust = TrustDocument(
         cluster_id=cluster_id,
         version=1,

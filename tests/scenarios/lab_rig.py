@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import pytest
 import rig
 from rig import RunningController, until
 
@@ -199,7 +200,7 @@ class RealSe:
         self._layout = layout
         self._part = SePart(name=name, sshd_port=rig.free_ports(1)[0])
         self._sshd: Daemon | None = None
-        self.paths.root.mkdir(parents=True)
+        self.paths.root.mkdir(parents=True, exist_ok=True)
         self.user = pwd.getpwuid(os.geteuid()).pw_name
         sshd.prepare(layout, self._part, user=self.user)
         self.start_sshd()
@@ -400,6 +401,46 @@ def site(root: Path, **more: Any) -> Iterator[Site]:
         yield found
     finally:
         found.close()
+
+
+class SmallDisk:
+    """A file system of its own at `path`, which a test can fill and empty again."""
+
+    def __init__(self, path: Path, *, size_bytes: int) -> None:
+        self.path = path
+        path.mkdir(parents=True)
+        self._filler = path / "filler"
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size_bytes},mode=0700", "tmpfs", str(path)], check=True, timeout=20
+        )
+
+    def fill(self, *, leave_bytes: int = 0) -> None:
+        """Leaves so much free, to the page."""
+        free = os.statvfs(self.path)
+        with self._filler.open("ab") as file, contextlib.suppress(OSError):
+            for _ in range((free.f_bavail * free.f_frsize - leave_bytes) // 4096):
+                file.write(bytes(4096))
+
+    def empty(self) -> None:
+        """There is room again."""
+        self._filler.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Takes it away."""
+        subprocess.run(["umount", "-l", str(self.path)], check=True, timeout=20)
+
+
+needs_mount = pytest.mark.skipif(os.geteuid() != 0, reason="a small file system of its own needs root")
+
+
+@contextlib.contextmanager
+def small_disk(path: Path, *, size_bytes: int) -> Iterator[SmallDisk]:
+    """A mounted small disk."""
+    disk = SmallDisk(path, size_bytes=size_bytes)
+    try:
+        yield disk
+    finally:
+        disk.close()
 
 
 @contextlib.contextmanager

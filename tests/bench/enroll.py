@@ -1,0 +1,93 @@
+"""How many SEs a controller enrolls a second, and what it costs: TLS, nonce, JWS with two signatures, durable grant.
+
+The clients are real ones in one process on the same machine, so their cost is in the figure. An fsync on a virtual
+disk may cost next to nothing, and would then say nothing about a disk: so they are counted, in a run of its own under
+strace, whose cost isn't in the rate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from pathlib import Path
+
+import asyncssh
+import msgspec
+import uvloop
+
+from appliance.lab.fleet import percentile
+from appliance.lab.simulated import Beats, SimulatedSe
+from appliance.protocol.seed import Bundle
+from appliance.runtime import child
+from bench.report import Report, Row
+from bench.stand import Controller, Options, Stand
+
+CLIENTS = 4
+COUNTED = 100
+"""Enrollments under strace."""
+_SYNC = re.compile(rb"\bf(?:data)?sync\(")
+_UNLIMITED = {
+    "enroll_rate_per_s": 100_000.0, "enroll_burst": 100_000, "source_rate_per_s": 100_000.0, "source_burst": 100_000,
+}  # fmt: skip
+"""All clients have one address here; what is measured is the work, not the limits."""
+
+
+def run(stand: Stand, options: Options) -> Report:
+    """Measures a rate, then counts fsyncs."""
+    with stand.place() as place:
+        with stand.controller(place / "rate", settings=_UNLIMITED) as controller:
+            stand.say(f"{options.count} enrollments by {CLIENTS} clients")
+            took_s, each_s = uvloop.run(_enroll(controller, options.count))
+        rows = [
+            Row(name="enroll.per_s", value=round(options.count / took_s, 1), unit="1/s", goal=100, better="high"),
+            Row(name="enroll.p99_ms", value=round(percentile(each_s, 0.99) * 1000, 2), unit="ms", better="low"),
+        ]
+        notes = [
+            f"{stand.what}; {options.count} enrollments by {CLIENTS} clients in one process on the same cores; "
+            f"each is a TLS handshake, a nonce and a grant; median {percentile(each_s, 0.5) * 1000:.1f} ms",
+            "there is no peer that enrolls in this sense",
+        ]
+        if child.find_program("strace") is None:
+            notes.append("enroll.fsyncs is missing: it needs strace (apt-get install strace)")
+            return Report(bench="enroll", rows=rows, notes=notes)
+        stand.say(f"{COUNTED} enrollments under strace")
+        log = place / "strace.log"
+        tracer = ["strace", "-f", "-e", "trace=fsync,fdatasync", "-o", str(log)]
+        with stand.controller(place / "count", settings=_UNLIMITED, tracer=tracer) as controller:
+            before = _syncs(log)
+            uvloop.run(_enroll(controller, COUNTED))
+            counted = _syncs(log) - before
+        rows.append(Row(name="enroll.fsyncs", value=counted / COUNTED, unit="1/enrollment", better="low"))
+        notes.append(f"fsyncs: {counted} fsync and fdatasync calls of the controller in {COUNTED} enrollments")
+        return Report(bench="enroll", rows=rows, notes=notes)
+
+
+def _syncs(log: Path) -> int:
+    return len(_SYNC.findall(log.read_bytes()))
+
+
+async def _enroll(controller: Controller, count: int) -> tuple[float, list[float]]:
+    """Returns the seconds that all took, and that each took."""
+    bundle = msgspec.json.decode(controller.bundle(uses=count + CLIENTS).read_bytes(), type=Bundle)
+    key = asyncssh.generate_private_key("ssh-ed25519")
+    line = " ".join(key.export_public_key("openssh").decode().split()[:2])
+    ses = [
+        SimulatedSe(bundle, name=f"bench-{index}", host_key=line, sshd_port=0, beats=Beats())
+        for index in range(count + CLIENTS)
+    ]
+    # connections, prepared statements and pages that only the first ones have to wait for
+    await asyncio.gather(*(se.enroll() for se in ses[:CLIENTS]))
+    waiting = iter(ses[CLIENTS:])
+    each_s: list[float] = []
+
+    async def client() -> None:
+        for se in waiting:
+            began = time.perf_counter()
+            await se.enroll()
+            each_s.append(time.perf_counter() - began)
+
+    began = time.perf_counter()
+    async with asyncio.timeout(300):
+        await asyncio.gather(*(client() for _ in range(CLIENTS)))
+    return time.perf_counter() - began, each_s

@@ -7,10 +7,11 @@ A link goes through these requests in order; what comes out of order is refused.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import secrets
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakValueDictionary
 
 import msgspec
@@ -20,8 +21,10 @@ from appliance.controller.fleet import Fleet, ping
 from appliance.controller.link import Link
 from appliance.controller.records import SeRecord
 from appliance.controller.web import Endpoint, ProblemError, Request, simple_problem
+from appliance.errors import StorageError
 from appliance.protocol import tunnel
 from appliance.protocol.address import se_address
+from appliance.protocol.fleet import Reason
 from appliance.protocol.trust import Envelope
 from appliance.protocol.tunnel import (
     Confirm,
@@ -39,6 +42,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+Said = TypeVar("Said")
+Answered = TypeVar("Answered")
+
 TICKET_BYTES = 16
 
 
@@ -51,6 +57,27 @@ class TrustSource(msgspec.Struct):
 
 def _refuse(status: int, code: str, title: str, advice: str) -> ProblemError:
     return ProblemError(simple_problem(status, code, title, advice=advice))
+
+
+def _stored(
+    answer: Callable[[ChannelApi, Request, Said], Awaitable[Answered]],
+) -> Callable[[ChannelApi, Request, Said], Awaitable[Answered]]:
+    """Tells both sides why a link isn't admitted where the store fails; the SE redials, which is the way to heal it."""
+
+    @functools.wraps(answer)
+    async def run(api: ChannelApi, request: Request, said: Said) -> Answered:
+        try:
+            return await answer(api, request, said)
+        except StorageError as error:
+            link: Link = request.state.link
+            text = f"not admitted: {error.message}"
+            _log.error("%s", text, extra={"stage": "tunnel", "se_id": link.se_id})
+            if not link.lost_text:
+                link.lost_reason, link.lost_text = Reason.LINK_LOST, text
+            advice = "It is the controller's disk or store; `appliance status` there says more. The SE tries again."
+            raise _refuse(503, "TUNNEL-026", "The controller can't store anything now", advice) from None
+
+    return run
 
 
 class ChannelApi:
@@ -101,6 +128,7 @@ class ChannelApi:
     def _newer_trust(self, version: int) -> Envelope | None:
         return self._trust.envelope if version < self._trust.version else None
 
+    @_stored
     async def hello(self, request: Request, hello: Hello) -> HelloAnswer:
         """First word of a link: who it is, judged by its ticket."""
         link: Link = request.state.link
@@ -170,6 +198,7 @@ class ChannelApi:
         fleet.admit(link)
         return verdict, ticket
 
+    @_stored
     async def confirm(self, request: Request, confirm: Confirm) -> ConfirmAnswer:
         """The SE stored its ticket: from now on the older one is worth nothing."""
         link: Link = request.state.link

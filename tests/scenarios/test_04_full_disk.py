@@ -159,7 +159,10 @@ def test_the_controllers_disk_is_full_to_the_last_byte(
         assert "full" in refused.stderr
         assert at.controller.operator.se(engine.name).status == "enrolled"
         at.ssh.reset()
-        until(lambda: engine.state == "DOWN", what="the link is lost", deadline_s=2.0)
+        until(lambda: "(TUNNEL-026)" in engine.failed(Step.LINK), what="the SE is told", deadline_s=5.0)
+        told = until(lambda: "not admitted" in (text := at.controller.operator.why(engine.name).verdict) and text,
+            what="the controller's half names the store", deadline_s=5.0)  # fmt: skip
+        assert told.startswith("stopped at link: not admitted: the store ")
         disk.empty()
         at.until_up(engine, deadline_s=10.0)
     verdict = at.controller.operator.verify_audit()

@@ -328,9 +328,8 @@ class Link:
         self._move(LinkEvent.ANSWERED)
         if sent.last_id:
             self._caller.telemetry.delivered(sent.last_id)
-        if pong.interval_s != self._interval_s:
-            self._interval_s = pong.interval_s
-            guard.set_interval(pong.interval_s)
+        self._interval_s = pong.interval_s
+        guard.answered(pong.interval_s)
         if first and self.state is LinkState.UP:
             text = f"answered by node {self._node.number} after {self._rtt_s * 1000:.1f} ms"
             self._caller.tell(Step.HEARTBEAT, StepResult.OK, text, "", "")

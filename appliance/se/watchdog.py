@@ -78,12 +78,13 @@ class Guard:
             )
             self._changed.notify_all()
 
-    def set_interval(self, interval_s: float) -> None:
-        """The controller wants another interval."""
+    def answered(self, interval_s: float) -> None:
+        """A ping was answered, and the controller wants this interval from now on."""
         with self._changed:
-            if self._watchdog is not None and self._watchdog.interval_s != _bounded(interval_s):
+            if self._watchdog is not None:
                 self._watchdog.interval_s = _bounded(interval_s)
-                self._changed.notify_all()
+            # Or it would sleep until the ping's deadline, which is later than the next ping where intervals are short.
+            self._changed.notify_all()
 
     def wait_due(self) -> bool:
         """Waits until a ping is due, and takes it. False when the link is over, or is to be left."""

@@ -298,6 +298,7 @@ class Gateway:
         self.admits = self.grants_forward = True
         self.quarantines = False
         self.spent = True
+        self.node = 1
         self.new_trust: Envelope | None = None
         self.interval_s = 0.3
         self.answers: dict[str, Callable[[bytes, _Channel], Answer | None]] = {
@@ -333,7 +334,7 @@ class Gateway:
         self.hellos.append(said)
         return 200, tunnel.HelloAnswer(
             protocol=1, ticket="" if self.quarantines else f"ticket-{len(self.hellos)}", quarantined=self.quarantines,
-            reason="test", heartbeat_interval_s=self.interval_s, time=NOW, node=1, reverse_address="127.1.0.1",
+            reason="test", heartbeat_interval_s=self.interval_s, time=NOW, node=self.node, reverse_address="127.1.0.1",
             reverse_port=5097, trust=self.new_trust,
         )  # fmt: skip
 
@@ -528,7 +529,7 @@ class Listener:
             thread.start()
 
     def _guarded(self, sock: socket.socket) -> None:
-        with contextlib.suppress(OSError):
+        with sock, contextlib.suppress(OSError):
             self._serve(sock)
 
     def close(self) -> None:

@@ -1,0 +1,516 @@
+"""One link against a real SSH server: what is said in which order, and every way in which a link ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from se_stand import Answer, Cluster, Gateway, dripping, echo, garbage, gateway, listener, silent, until
+
+from appliance.errors import ApplianceError, StorageError, TrustError, TunnelError, UnreachableError
+from appliance.paths import Paths
+from appliance.pki import ssh_keys
+from appliance.protocol import tunnel as said
+from appliance.protocol.enroll import InstanceFacts
+from appliance.protocol.trust import TrustNode
+from appliance.protocol.tunnel import LinkState
+from appliance.protocol.why import Step, StepResult
+from appliance.runtime.clock import SystemClock
+from appliance.runtime.stop import StopToken
+from appliance.se import tunnel
+from appliance.se.believed import Beliefs
+from appliance.se.identity import SeState
+from appliance.se.tunnel import Caller, Link
+from appliance.settings import Se
+
+CLOCK = SystemClock()
+
+
+class Samples:
+    """Telemetry that waits."""
+
+    def __init__(self) -> None:
+        self.waiting: list[str] = []
+        self.told: list[int] = []
+        self.size_bytes = self.dropped = 0
+
+    def pending(self) -> tuple[list[str], int]:
+        return list(self.waiting), len(self.waiting)
+
+    def delivered(self, last_id: int) -> None:
+        self.told.append(last_id)
+        del self.waiting[:last_id]
+
+
+class Stand:
+    """An enrolled SE in this process, and one link of it at a time."""
+
+    def __init__(self, root: Path, cluster: Cluster, **settings: Any) -> None:
+        self.paths = Paths(root)
+        self.cluster = cluster
+        self.state = SeState(self.paths)
+        self.state.create(image_id="img-1")
+        self.state.keep_image_key(cluster.image_key)
+        self.state.save_grant(cluster.grant(self.state.require().se_id, self.state.identity.public_line))
+        self.beliefs = Beliefs(self.state.trust_document, authorized_keys=self.state.authorized_keys_path)
+        self.beliefs.load(self.state.require().grant.trust)  # type: ignore[union-attr]
+        self.samples = Samples()
+        self.told: list[tuple[Step, StepResult, str]] = []
+        self.states: list[LinkState] = []
+        self.settings = Se(connect_timeout_s=1.0, telemetry_interval_s=0.5, **settings)
+        self.stop = StopToken()
+        self.error: ApplianceError | None = None
+        self.host_keys = [cluster.host_line]
+        self.thread: threading.Thread | None = None
+
+    def caller(self) -> Caller:
+        grant = self.state.require().grant
+        assert grant is not None
+        return Caller(
+            user="aviseuser",
+            identity=self.state.identity,
+            grant=grant,
+            tickets=self.state,
+            beliefs=self.beliefs,
+            facts=InstanceFacts,
+            host_keys=lambda: ["ssh-ed25519 AAAA"],
+            spent=partial(self.state.scrub_image_key, self.paths),
+            telemetry=self.samples,
+            spool=self.samples,
+            tell=lambda step, result, text, _code, _hint: self.told.append((step, result, text)),
+            settings=self.settings,
+            clock=CLOCK,
+        )
+
+    def dial(self, address: str) -> Link:
+        """Starts a link in a thread of its own."""
+        node = TrustNode(number=1, enroll=[], ssh=[address], host_keys=self.host_keys)
+        link = Link(self.caller(), node, address, earlier_links=0, carries=lambda: True, on_state=self.states.append)
+
+        def live() -> None:
+            try:
+                link.run(self.stop)
+            except ApplianceError as error:
+                self.error = error
+
+        self.error = None
+        self.thread = threading.Thread(target=live)
+        self.thread.start()
+        return link
+
+    def up(self, address: str) -> Link:
+        """Starts a link and waits until it is up."""
+        link = self.dial(address)
+        until(lambda: link.state is LinkState.UP or self.error, what="the link is up")
+        assert self.error is None, self.error
+        return link
+
+    def lost(self, *, within_s: float = 20.0) -> ApplianceError:
+        """Waits until the link is over, and returns why."""
+        assert self.thread is not None
+        self.thread.join(within_s)
+        assert not self.thread.is_alive(), f"the link still lives after {within_s} s"
+        self.thread = None
+        assert self.error is not None
+        return self.error
+
+    def end(self) -> None:
+        self.stop.stop("the test ends")
+        if self.thread is not None:
+            self.thread.join(10)
+            assert not self.thread.is_alive()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    return Cluster(tmp_path / "cluster")
+
+
+@pytest.fixture
+def ssh(cluster: Cluster) -> Iterator[Gateway]:
+    with gateway(cluster) as found:
+        yield found
+
+
+@pytest.fixture
+def stand(tmp_path: Path, cluster: Cluster) -> Iterator[Stand]:
+    with standing(tmp_path, cluster) as found:
+        yield found
+
+
+def _descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@contextlib.contextmanager
+def standing(tmp_path: Path, cluster: Cluster, **settings: Any) -> Iterator[Stand]:
+    """An SE that leaves neither a thread nor a descriptor behind."""
+    threads, descriptors = threading.active_count(), _descriptors()
+    found = Stand(tmp_path / "se", cluster, **settings)
+    try:
+        yield found
+    finally:
+        found.end()
+    until(lambda: threading.active_count() <= threads, what="all threads ended")
+    # The gateway in this process gives its ends back a moment later.
+    until(lambda: _descriptors() <= descriptors, what="all descriptors are closed")
+
+
+def test_a_link_comes_up_in_order(ssh: Gateway, stand: Stand) -> None:
+    stand.samples.waiting = ["a", "b"]
+    stand.up(ssh.address)
+    until(lambda: stand.samples.told == [2], what="the telemetry is delivered")
+    assert stand.states == [LinkState.DIALING, LinkState.GREETING, LinkState.LINKED, LinkState.UP]
+    assert ssh.asked[:5] == [
+        "channel channel:80", said.HELLO_PATH, "forward 127.1.0.1:5097", said.CONFIRM_PATH, said.HEARTBEAT_PATH
+    ]  # fmt: skip
+    assert ssh.hellos[0].ticket == ""
+    assert ssh.channels == 1, "one channel is kept"
+    until(lambda: len(ssh.beats) >= 4, what="it goes on beating")
+    assert ssh.beats[-1].rtt_s > 0
+    assert [beat.sequence for beat in ssh.beats] == list(range(1, len(ssh.beats) + 1))
+    assert sum(bool(beat.telemetry) for beat in ssh.beats) == 1
+    connection = ssh.connections[0]
+    assert connection.get_extra_info("send_cipher") in said.CIPHERS
+
+
+def test_the_ticket_is_on_disk_before_confirm(ssh: Gateway, stand: Stand) -> None:
+    seen: list[str] = []
+
+    def confirm(_body: bytes, _channel: Any) -> Answer:
+        fresh = SeState(stand.paths)
+        fresh.load()
+        seen.append(fresh.ticket(1))
+        return 200, said.ConfirmAnswer(spent=True)
+
+    ssh.answers[said.CONFIRM_PATH] = confirm
+    assert stand.state.image_key() is not None
+    stand.up(ssh.address)
+    assert seen == ["ticket-1"]
+    assert stand.state.image_key() is None, "spent"
+
+
+def test_a_ticket_that_cannot_be_stored_is_not_confirmed(
+    ssh: Gateway, stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from appliance.storage import atomic
+
+    def full(fd: int, content: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(atomic, "write_all", full)
+    stand.dial(ssh.address)
+    error = stand.lost()
+    assert isinstance(error, StorageError)
+    assert said.CONFIRM_PATH not in ssh.asked
+
+
+def test_an_image_key_that_is_not_spent_stays(ssh: Gateway, stand: Stand) -> None:
+    ssh.spent = False
+    stand.up(ssh.address)
+    assert stand.state.image_key() is not None
+
+
+def test_a_wrong_host_key_is_refused_before_log_in(cluster: Cluster, stand: Stand) -> None:
+    with gateway(cluster, host_key=ssh_keys.generate()[0].reveal()) as impostor:
+        stand.dial(impostor.address)
+        error = stand.lost()
+        assert isinstance(error, TrustError)
+        assert ssh_keys.fingerprint(cluster.host_line) in error.message
+        assert impostor.logins == [], "it never learned whose key this SE has"
+
+
+def test_an_unknown_host_key_is_refused(ssh: Gateway, stand: Stand) -> None:
+    stand.host_keys = []
+    stand.dial(ssh.address)
+    assert "none known" in stand.lost().message
+    assert ssh.logins == []
+
+
+def test_the_second_host_key_of_a_node_is_good_too(ssh: Gateway, stand: Stand, cluster: Cluster) -> None:
+    stand.host_keys = [ssh_keys.generate()[1], cluster.host_line]
+    stand.up(ssh.address)
+
+
+def test_a_refused_key_is_told(ssh: Gateway, stand: Stand) -> None:
+    ssh.admits = False
+    stand.dial(ssh.address)
+    assert stand.lost().code == "TUNNEL-032"
+
+
+def test_classical_key_exchange_needs_the_setting(cluster: Cluster, tmp_path: Path) -> None:
+    with gateway(cluster, kex=said.KEX_FALLBACK) as old:
+        with standing(tmp_path / "a", cluster) as strict:
+            strict.dial(old.address)
+            assert strict.lost().code == "TUNNEL-030"
+        with standing(tmp_path / "b", cluster, allow_curve25519=True) as lenient:
+            lenient.up(old.address)
+
+
+@pytest.mark.parametrize("serve", [silent, garbage, dripping], ids=lambda serve: serve.__name__)
+def test_a_gateway_that_is_none(
+    stand: Stand, monkeypatch: pytest.MonkeyPatch, serve: Callable[[socket.socket], None]
+) -> None:
+    monkeypatch.setattr(tunnel, "LOGIN_DEADLINE_S", 1.0)
+    with listener(serve) as bad:
+        begun = time.monotonic()
+        stand.dial(bad.address)
+        assert isinstance(stand.lost(within_s=5.0), TunnelError)
+        assert time.monotonic() - begun < 3
+
+
+def test_a_false_packet_length_takes_no_memory(stand: Stand) -> None:
+    def endless(sock: socket.socket) -> None:
+        sock.sendall(b"SSH-2.0-x\r\n\x7f\xff\xff\xfc")
+        while True:
+            sock.sendall(b"\0" * 65536)
+
+    with listener(endless) as bad:
+        stand.dial(bad.address)
+        assert "before log-in" in stand.lost().message
+
+
+def test_nobody_there(stand: Stand) -> None:
+    with listener(silent) as gone:
+        pass
+    stand.dial(gone.address)
+    assert isinstance(stand.lost(), UnreachableError)
+
+
+@pytest.mark.parametrize("path", [said.HELLO_PATH, said.CONFIRM_PATH])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (200, b"{}"),
+        (200, b"not json"),
+        (500, b""),
+        (409, b'{"type":"/problems/TUNNEL-021","title":"no","status":409,"code":"TUNNEL-021"}'),
+    ],
+    ids=["empty", "garbage", "500", "problem"],
+)
+def test_a_greeting_that_goes_wrong_ends_the_link(ssh: Gateway, stand: Stand, path: str, answer: Answer) -> None:
+    ssh.answers[path] = lambda _body, _channel: answer
+    stand.dial(ssh.address)
+    assert isinstance(stand.lost(), TunnelError)
+
+
+def test_the_channel_api_says_no_http(ssh: Gateway, stand: Stand) -> None:
+    def babble(_body: bytes, channel: Any) -> None:
+        channel._chan.write(b"220 mail.example ESMTP\r\n\r\n")
+
+    ssh.answers[said.HELLO_PATH] = babble
+    stand.dial(ssh.address)
+    assert stand.lost().code == "TUNNEL-036"
+
+
+def test_another_node_answers(ssh: Gateway, stand: Stand) -> None:
+    right = ssh.answers[said.HELLO_PATH]
+
+    def other(body: bytes, channel: Any) -> Answer:
+        status, answer = right(body, channel)  # type: ignore[misc]
+        return status, said.HelloAnswer(**{f: getattr(answer, f) for f in answer.__struct_fields__} | {"node": 2})
+
+    ssh.answers[said.HELLO_PATH] = other
+    stand.dial(ssh.address)
+    assert stand.lost().code == "TUNNEL-040"
+
+
+def test_a_refused_forward_ends_the_link(ssh: Gateway, stand: Stand) -> None:
+    ssh.grants_forward = False
+    stand.dial(ssh.address)
+    assert stand.lost().code == "TUNNEL-038"
+
+
+def test_quarantine_only_pings(ssh: Gateway, stand: Stand) -> None:
+    ssh.quarantines = True
+    stand.samples.waiting = ["secret"]
+    link = stand.dial(ssh.address)
+    until(lambda: len(ssh.beats) >= 4, what="it pings")
+    assert link.state is LinkState.QUARANTINED
+    assert said.CONFIRM_PATH not in ssh.asked
+    assert not any(entry.startswith("forward") for entry in ssh.asked)
+    assert not any(beat.telemetry for beat in ssh.beats)
+    assert stand.state.ticket(1) == ""
+
+
+def test_a_frozen_gateway_is_noticed(ssh: Gateway, stand: Stand) -> None:
+    """The gateway's loop stands still, as a process under SIGSTOP does: the kernel still takes bytes."""
+    stand.up(ssh.address)
+    thaw = threading.Event()
+    ssh.loop.call_soon_threadsafe(thaw.wait)
+    begun = time.monotonic()
+    error = stand.lost()
+    taken_s = time.monotonic() - begun
+    thaw.set()
+    assert "silent" in error.message
+    assert taken_s <= ssh.interval_s + 2 * said.DEADLINE_S + 0.5
+    assert taken_s >= 2 * said.DEADLINE_S - ssh.interval_s
+
+
+def test_a_frozen_gateway_is_noticed_while_bulk_fills_the_way(ssh: Gateway, stand: Stand) -> None:
+    """The socket takes nothing any more, so even the ping can't be sent; that must not hold up the verdict."""
+    link = stand.up(ssh.address)
+    flood = link.open_channel("bulk", 1)
+    thaw = threading.Event()
+
+    def pour() -> None:
+        with contextlib.suppress(OSError, EOFError):
+            while True:
+                flood.sendall(b"\0" * 30_000)
+
+    pouring = threading.Thread(target=pour)
+    pouring.start()
+    ssh.loop.call_soon_threadsafe(thaw.wait)
+    begun = time.monotonic()
+    error = stand.lost()
+    taken_s = time.monotonic() - begun
+    thaw.set()
+    pouring.join()
+    assert "silent" in error.message
+    assert taken_s <= ssh.interval_s + 2 * said.DEADLINE_S + 1.0
+
+
+def test_a_slow_answer_is_no_death(ssh: Gateway, stand: Stand) -> None:
+    """An answer after three seconds: the second ping's deadline isn't over yet, and both are answered in the end."""
+    stand.up(ssh.address)
+    right = ssh.answers[said.HEARTBEAT_PATH]
+    slow: list[float] = []
+    # Answers must keep their order, as HTTP's do: the second waits for the first.
+    ordered: list[tuple[Any, Answer]] = []
+
+    def in_order(body: bytes, channel: Any) -> None:
+        slow.append(time.monotonic())
+        ordered.append((channel, right(body, channel)))  # type: ignore[arg-type]
+        if len(slow) == 1:
+            ssh.loop.call_later(3.0, flush)
+        elif len(slow) > 2:
+            flush()
+
+    def flush() -> None:
+        while ordered:
+            channel, answer = ordered.pop(0)
+            channel.say(*answer)
+
+    ssh.answers[said.HEARTBEAT_PATH] = in_order
+    until(lambda: len(slow) >= 5, what="it goes on after the slow answer")
+    assert 1.9 < slow[1] - slow[0] < 2.5, "the second ping went out when the first one's deadline was over"
+    assert stand.error is None
+
+
+def test_a_channel_that_the_controller_closes_is_opened_again(ssh: Gateway, stand: Stand) -> None:
+    link = stand.up(ssh.address)
+    right = ssh.answers[said.HEARTBEAT_PATH]
+    closed: list[int] = []
+
+    def close_once(body: bytes, channel: Any) -> Answer | None:
+        if not closed:
+            closed.append(1)
+            channel.close()
+            return None
+        return right(body, channel)
+
+    ssh.answers[said.HEARTBEAT_PATH] = close_once
+    until(lambda: closed and len(ssh.beats) > 3 and ssh.channels == 2, what="another channel carries heartbeats")
+    assert link.state is LinkState.UP
+
+
+def test_heartbeats_without_answers_end_a_link_that_lives_otherwise(
+    ssh: Gateway, stand: Stand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(said, "DEADLINE_S", 0.2)
+    stand.up(ssh.address)
+
+    def dead_channel(_body: bytes, channel: Any) -> None:
+        channel.close()
+
+    ssh.answers[said.HEARTBEAT_PATH] = dead_channel
+    assert stand.lost().code == "TUNNEL-042"
+
+
+def test_a_cut_is_noticed_at_once(ssh: Gateway, stand: Stand) -> None:
+    stand.up(ssh.address)
+    begun = time.monotonic()
+    ssh.loop.call_soon_threadsafe(ssh.connections[0].abort)
+    assert isinstance(stand.lost(), TunnelError)
+    assert time.monotonic() - begun < 1 + ssh.interval_s + said.DEADLINE_S
+
+
+def test_a_stop_says_goodbye(ssh: Gateway, stand: Stand) -> None:
+    lost: list[Exception | None] = []
+    stand.up(ssh.address)
+    ssh.connections[0]._owner.connection_lost = lost.append
+    begun = time.monotonic()
+    stand.end()
+    assert time.monotonic() - begun < 1
+    until(lambda: lost, what="the gateway notices")
+    assert lost == [None], "meant, not broken"
+    assert stand.error is None
+
+
+def test_a_new_trust_document_is_followed(ssh: Gateway, stand: Stand, cluster: Cluster) -> None:
+    stand.up(ssh.address)
+    key = ssh_keys.generate()[1]
+    ssh.new_trust = cluster.trust(version=2, login_keys=[key])
+    until(lambda: stand.beliefs.version == 2, what="the new document is in force")
+    assert key in stand.state.authorized_keys_path.read_text()
+    assert cluster.login_line not in stand.state.authorized_keys_path.read_text()
+    until(lambda: ssh.beats[-1].trust_version == 2, what="the controller hears of it")
+
+
+def test_a_forged_trust_document_ends_the_link(ssh: Gateway, stand: Stand, cluster: Cluster, tmp_path: Path) -> None:
+    stand.up(ssh.address)
+    ssh.new_trust = Cluster(tmp_path / "evil").trust(version=2)
+    assert isinstance(stand.lost(), TrustError)
+    assert stand.beliefs.version == 1
+
+
+def test_the_reverse_path_carries_both_ways(cluster: Cluster, ssh: Gateway, tmp_path: Path) -> None:
+    content = os.urandom(1_000_000)
+    with listener(echo) as sshd, standing(tmp_path, cluster, sshd_host="127.0.0.1", sshd_port=sshd.port) as stand:
+        stand.up(ssh.address)
+        assert ssh.through_reverse(content) == content
+        assert (Step.REVERSE, StepResult.OK) in {(step, result) for step, result, _ in stand.told}
+
+
+def test_the_reverse_path_without_an_sshd_closes(ssh: Gateway, cluster: Cluster, tmp_path: Path) -> None:
+    with listener(silent) as gone:
+        pass
+    with standing(tmp_path, cluster, sshd_port=gone.port) as stand:
+        stand.up(ssh.address)
+        assert ssh.through_reverse(b"SSH-2.0-x\r\n") == b""
+        assert (Step.REVERSE, StepResult.FAILED) in {(step, result) for step, result, _ in stand.told}
+
+
+def test_reverse_connections_end_with_the_link(ssh: Gateway, cluster: Cluster, tmp_path: Path) -> None:
+    """sshd and its client would wait for ever: both are let go, with all threads and descriptors."""
+    with listener(silent) as sshd, standing(tmp_path, cluster, sshd_port=sshd.port) as stand:
+        stand.up(ssh.address)
+
+        async def hold() -> None:
+            await ssh.connections[-1].create_connection(_Quiet, "127.1.0.1", 5097)
+
+        for _ in range(5):
+            ssh.run(hold())
+        until(lambda: len(sshd.accepted) == 5, what="five connections are open")
+        ssh.loop.call_soon_threadsafe(ssh.connections[0].abort)
+        stand.lost()
+
+
+def _quiet() -> Any:
+    import asyncssh
+
+    class Quiet(asyncssh.SSHTCPSession[bytes]):
+        """Says nothing."""
+
+    return Quiet
+
+
+_Quiet = _quiet()

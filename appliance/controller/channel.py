@@ -24,6 +24,7 @@ from appliance.controller.web import Endpoint, ProblemError, Request, simple_pro
 from appliance.errors import StorageError
 from appliance.protocol import tunnel
 from appliance.protocol.address import se_address
+from appliance.protocol.enroll import SeStatus
 from appliance.protocol.fleet import Reason
 from appliance.protocol.trust import Envelope
 from appliance.protocol.tunnel import (
@@ -120,9 +121,10 @@ class ChannelApi:
         ]  # fmt: skip
 
     def _record(self, link: Link) -> SeRecord:
+        """The SE's record as it stands: who was enrolled at log-in may be revoked before hello."""
         record = self._fleet.registry.se(link.se_id)
-        if record is None:
-            raise _refuse(403, "TUNNEL-020", "This SE is not known", "Enroll anew.")
+        if record is None or record.status is not SeStatus.ENROLLED:
+            raise _refuse(403, "TUNNEL-020", "This SE is not enrolled", "See `appliance se show` on the controller.")
         return record
 
     def _newer_trust(self, version: int) -> Envelope | None:
@@ -192,9 +194,9 @@ class ChannelApi:
             changed = msgspec.structs.replace(changed, ticket_superseded=record.ticket)
             text = f"{record.name} came back with an older link ticket from {link.source}: restored snapshot or disk?"
             fleet.events.emit("tunnel", "se.rolled-back", record.se_id, text)
-            await fleet.registry.update_audited(changed, actor=f"se {link.source}", action="se.rolled-back")
+            await fleet.registry.update_audited(record, changed, actor=f"se {link.source}", action="se.rolled-back")
         else:
-            await fleet.registry.update_se(changed)
+            await fleet.registry.update_se(record, changed)
         fleet.admit(link)
         return verdict, ticket
 
@@ -211,10 +213,14 @@ class ChannelApi:
         if not record.confirmed_at:
             changed = msgspec.structs.replace(changed, confirmed_at=self._wall())
             await self._fleet.registry.update_audited(
-                changed, actor=f"se {link.source}", action="enroll.spent", detail="hello confirmed, image key spent"
+                record,
+                changed,
+                actor=f"se {link.source}",
+                action="enroll.spent",
+                detail="hello confirmed, image key spent",
             )
         else:
-            await self._fleet.registry.update_se(changed)
+            await self._fleet.registry.update_se(record, changed)
         link.confirmed = True
         self._fleet.look(link.se_id)
         return ConfirmAnswer(spent=True)

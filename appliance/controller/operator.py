@@ -156,7 +156,9 @@ class OperatorApi:
     async def _end(self, request: Request, body: Reasoned, status: SeStatus, event: str) -> SeDetail:
         record = self._se(request)
         if record.status not in {status, SeStatus.DELETED}:
-            record = await self._registry.set_status(record, status, actor=request.state.actor, reason=body.reason)
+            record = await self._registry.set_status(
+                record.se_id, status, actor=request.state.actor, reason=body.reason
+            )
             closed = self._fleet.close_se(record, f"{status.value} by an operator")
             text = f"{record.name} was {status.value}; {closed} links closed"
             self._events.emit("enroll", event, record.se_id, text)

@@ -92,6 +92,15 @@ class Registry:
         await self._read()
 
     async def _read(self) -> None:
+        # Before reading, not after: a commit that fails meanwhile makes what was read stale again.
+        self._is_stale = False
+        try:
+            await self._read_all()
+        except BaseException:
+            self._is_stale = True
+            raise
+
+    async def _read_all(self) -> None:
         await self.audit.load()
         async for key, value, revision in self._all(records.SE_PREFIX):
             self._remember(records.decode(value, SeRecord, key), revision)
@@ -103,7 +112,6 @@ class Registry:
         ]
         entry = await self._store.get(records.NUMBER_NEXT)
         self._next_number = int(entry.value) if entry else 1
-        self._is_stale = False
 
     @contextlib.asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
@@ -121,6 +129,9 @@ class Registry:
             after = page[-1].key
 
     def _remember(self, record: SeRecord, revision: int) -> None:
+        kept = self._ses.get(record.se_id)
+        if kept is not None and kept.revision > revision:
+            return  # read while a link's ticket was committed
         self._ses[record.se_id] = _Kept(record, revision)
         self._by_key[record.thumbprint] = record.se_id
         self._by_number[record.number] = record.se_id
@@ -165,7 +176,7 @@ class Registry:
             NotFoundError: nothing fits.
             UsageError: the name fits several.
         """
-        number = int(text) if text.isascii() and text.isdigit() else se_number(text)
+        number = int(text) if text.isascii() and text.isdigit() and len(text) <= 8 else se_number(text)
         record = self.se(text) or (self.se_by_number(number) if number else None)
         if record is not None:
             return record
@@ -256,7 +267,7 @@ class Registry:
                 )  # fmt: skip
             return Enrolled(verdict, None)
         if existing is not None:
-            await self._store.txn([unused], [nonce])
+            await self._txn([unused], [nonce])
             return Enrolled(verdict, existing)
         if self._next_number > MAX_SE_NUMBER:
             return Enrolled(Verdict(Decision.REFUSE, Refusals.NUMBERS), None)
@@ -310,46 +321,56 @@ class Registry:
         self._next_number = number + 1
         return Enrolled(verdict, record)
 
-    async def update_se(self, record: SeRecord) -> None:
-        """Stores a changed record of an SE; only its own key is touched, so the store groups many of these.
+    def _revision(self, was: SeRecord) -> int:
+        """The revision of the record that a change was computed from; whoever waited may have been overtaken."""
+        kept = self._ses[was.se_id]
+        if kept.record != was:
+            raise StoreError(f"the record of {was.name} changed meanwhile", hint="try again", retryable=True)
+        return kept.revision
+
+    async def update_se(self, was: SeRecord, record: SeRecord) -> None:
+        """Stores `record` in the place of `was`; only its own key is touched, so the store groups many of these.
 
         Raises:
-            StoreError: the record changed since it was read (retryable), or the store failed; memory is as before.
+            StoreError: the SE's record isn't `was` any more (retryable), or the store failed; memory is as before.
         """
         if self._is_stale:
             async with self._turn():
                 pass
-        key, kept = records.se_key(record.se_id), self._ses[record.se_id]
-        revision = await self._txn(
-            [Compare(key, "mod_revision", "=", kept.revision)], [Put(key, records.encode(record))]
-        )
-        self._ses[record.se_id] = _Kept(record, revision)
+        key = records.se_key(record.se_id)
+        compare = Compare(key, "mod_revision", "=", self._revision(was))
+        revision = await self._txn([compare], [Put(key, records.encode(record))])
+        self._remember(record, revision)
 
-    async def update_audited(self, record: SeRecord, *, actor: str, action: str, detail: str = "") -> None:
-        """Stores a changed record of an SE together with an audit entry."""
+    async def update_audited(
+        self, was: SeRecord, record: SeRecord, *, actor: str, action: str, detail: str = ""
+    ) -> None:
+        """Stores `record` in the place of `was`, together with an audit entry. Raises as `update_se`."""
         async with self._turn():
-            kept = self._ses[record.se_id]
-            revision = await self._commit(
-                [Compare(records.se_key(record.se_id), "mod_revision", "=", kept.revision)],
-                [Put(records.se_key(record.se_id), records.encode(record))],
-                at=self._wall(),
-                actor=actor,
-                action=action,
-                subject=record.se_id,
-                detail=detail,
-            )
-            self._ses[record.se_id] = _Kept(record, revision)
+            await self._update_audited(was, record, actor=actor, action=action, detail=detail)
+
+    async def _update_audited(self, was: SeRecord, record: SeRecord, *, actor: str, action: str, detail: str) -> None:
+        key = records.se_key(record.se_id)
+        revision = await self._commit(
+            [Compare(key, "mod_revision", "=", self._revision(was))], [Put(key, records.encode(record))],
+            at=self._wall(), actor=actor, action=action, subject=record.se_id, detail=detail,
+        )  # fmt: skip
+        self._remember(record, revision)
 
     async def note(self, *, actor: str, action: str, subject: str, detail: str = "") -> None:
         """Adds an audit entry that changes nothing else."""
         async with self._turn():
             await self._commit([], [], at=self._wall(), actor=actor, action=action, subject=subject, detail=detail)
 
-    async def set_status(self, record: SeRecord, status: SeStatus, *, actor: str, reason: str) -> SeRecord:
-        """Revokes, deletes (a tombstone stays) or quarantines an SE."""
-        changed = msgspec.structs.replace(record, status=status, status_reason=reason, status_at=self._wall())
-        await self.update_audited(changed, actor=actor, action=f"se.{status.value}", detail=reason)
-        return changed
+    async def set_status(self, se_id: str, status: SeStatus, *, actor: str, reason: str) -> SeRecord:
+        """Revokes, deletes (a tombstone stays) or quarantines an SE as it stands now; a deleted one stays deleted."""
+        async with self._turn():
+            record = self._ses[se_id].record
+            if record.status in {status, SeStatus.DELETED}:
+                return record
+            changed = msgspec.structs.replace(record, status=status, status_reason=reason, status_at=self._wall())
+            await self._update_audited(record, changed, actor=actor, action=f"se.{status.value}", detail=reason)
+            return changed
 
     async def create_image_key(self, wish: ImageKeyTermsWish, *, actor: str) -> tuple[ImageKeyRecord, Identity]:
         """Makes an image key; the private half is returned once and never kept."""

@@ -3,6 +3,8 @@
     POST /v1/enroll/nonce     NonceAnswer
     POST /v1/enroll           JWS (image key, SE key) over EnrollRequest -> 201 Grant | 202 Pending | Problem
     POST /v1/enroll/refresh   JWS (SE key) over RefreshRequest           -> 200 Grant | 202 Pending | Problem
+    POST /v1/enroll/rejoin    JWS (SE's new key) over EnrollRequest      -> 201 Grant | Problem
+                              with a rejoin token in it
 
 State is looked up first, by se_id *and* by key; `decide` is the whole table:
 
@@ -13,9 +15,24 @@ State is looked up first, by se_id *and* by key; `decide` is the whole table:
     se_id enrolled     same key, no hello yet GRANT_AGAIN (counted once: a lost answer strands nobody)
     se_id enrolled     same key, hello seen   refuse SPENT (the image key is used up for this SE; refresh is the way)
     se_id enrolled     other key              refuse CONFLICT, the existing SE is not touched
-    unknown            image key's policy     GRANT_NEW, PENDING or a refusal
+    unknown            image key's terms, then its policy:
+                         open                 GRANT_NEW
+                         token                GRANT_NEW with a good token, else that token's refusal
+                         approve              PENDING
+                         hook                 ASK_HOOK first; then GRANT_NEW, refuse HOOK, or PENDING where it gave
+                                              no verdict
 
-The table knows no clock, no store and no signature: the caller verified both signatures before it asks.
+`decide_rejoin` is the same for a new key that a rejoin token speaks for:
+
+    key known under another se_id, or se_id
+    not known, or of a status as above        refused alike
+    se_id pending                             refuse CONFLICT: there is no place to take yet
+    se_id enrolled     same key, no hello yet GRANT_AGAIN, whatever became of the token (a lost answer)
+    se_id enrolled     same key, hello seen   refuse SPENT
+    se_id enrolled     other key              REPLACE_KEY with a good token, else that token's refusal
+
+The tables know no clock, no store and no signature: the caller verified all signatures before it asks. What an
+operator may do to an SE in which status is in `protocol.standing`.
 """
 
 from __future__ import annotations
@@ -35,6 +52,7 @@ from appliance.protocol.trust import Envelope
 NONCE_PATH = "/v1/enroll/nonce"
 ENROLL_PATH = "/v1/enroll"
 REFRESH_PATH = "/v1/enroll/refresh"
+REJOIN_PATH = "/v1/enroll/rejoin"
 ATTEMPT_HEADER = "appliance-attempt"
 """Request header that names one SE's series of attempts, so `why ATTEMPT` finds an SE that never got in."""
 
@@ -66,7 +84,7 @@ class InstanceFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
 
 class EnrollRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Payload of the two-signature JWS."""
+    """Payload of the two-signature JWS; of the rejoin's one-signature JWS with its token."""
 
     audience: str
     """The cluster id."""
@@ -154,16 +172,19 @@ class Refusals(Refusal, enum.Enum):
         "ENROLL-012",
         409,
         "The se_id is enrolled with another key",
-        "If its VM lost its state, delete the SE first.",
+        "If its VM lost its state: `appliance token create --rejoin SE`.",
         600,
     )
     CLONED_KEY = Refusal(
         "ENROLL-013", 409, "The key is enrolled under another se_id", "Remove the SE's state; it is a copy.", 600
     )
-    REVOKED = Refusal("ENROLL-014", 403, "The SE was revoked", "`appliance audit show` tells by whom and why.", 600)
-    REJECTED = Refusal("ENROLL-015", 403, "The SE was rejected", "`appliance audit show` tells by whom and why.", 600)
-    QUARANTINED = Refusal("ENROLL-016", 403, "The SE is in quarantine", "See `appliance why SE` for its twin.", 600)
-    DELETED = Refusal("ENROLL-017", 410, "The SE was deleted", "Start the VM with fresh state to enroll anew.", 3600)
+    # These three an operator may undo; the SE must notice soon, for nobody goes to it.
+    REVOKED = Refusal("ENROLL-014", 403, "The SE was revoked", "`appliance se reinstate SE` undoes it.", 30)
+    REJECTED = Refusal("ENROLL-015", 403, "The SE was rejected", "`appliance se reinstate SE` undoes it.", 30)
+    QUARANTINED = Refusal("ENROLL-016", 403, "The SE is in quarantine", "See `appliance why SE` for its twin.", 30)
+    DELETED = Refusal(
+        "ENROLL-017", 410, "The SE was deleted", "On its VM: `appliance enroll --anew`, with a current seed.", 3600
+    )
     KEY_IN_USE = Refusal("ENROLL-018", 403, "The key already has another role", "Make a new key for this SE.")
     RATE = Refusal("ENROLL-019", 429, "Too many requests", "Wait as told; the agent does so by itself.", 2)
     TOO_LARGE = Refusal("ENROLL-020", 413, "The request is too large", "Use an agent of the controller's version.")
@@ -176,10 +197,26 @@ class Refusals(Refusal, enum.Enum):
     )
     UNAVAILABLE = Refusal("ENROLL-023", 503, "The controller can't store right now", "See `appliance doctor`.", 5)
     NUMBERS = Refusal("ENROLL-024", 503, "There are no SE numbers left", "Start a second cluster.", 3600)
-    POLICY = Refusal(
-        "ENROLL-025", 403, "The image key's policy asks for more", "Deploy from an image whose key is open.", 60
+    TOKEN_MISSING = Refusal(
+        "ENROLL-025",
+        403,
+        "A token is needed beside the image key",
+        "`appliance token create` makes one; give it by the VM's seed or `appliance enroll --token -`.",
+        60,
     )
     SLOW = Refusal("ENROLL-026", 408, "The request took too long to arrive", "Check the path's packet loss.", 5)
+    TOKEN_UNKNOWN = Refusal("ENROLL-027", 403, "The token is not known", "Create one: `appliance token create`.", 60)
+    TOKEN_USED = Refusal("ENROLL-028", 403, "The token was used already", "Create one: `appliance token create`.", 60)
+    TOKEN_EXPIRED = Refusal("ENROLL-029", 403, "The token has expired", "Create one: `appliance token create`.", 60)
+    TOKEN_REVOKED = Refusal("ENROLL-034", 403, "The token was revoked", "Create one: `appliance token create`.", 60)
+    TOKEN_BOUND = Refusal(
+        "ENROLL-035",
+        403,
+        "The token is for another image key, instance or SE",
+        "`appliance token list` tells what each is for.",
+        60,
+    )
+    HOOK = Refusal("ENROLL-036", 403, "The enroll hook refused", "Ask who runs the program of `enroll_hook`.", 60)
 
     def problem(self, *, detail: str = "", nonce: str = "") -> Problem:
         """Returns the problem document of this refusal (RFC 9457)."""
@@ -237,12 +274,32 @@ class ImageKeyTerms(NamedTuple):
     """CIDR; empty allows every source."""
 
 
+class Hook(enum.Enum):
+    """What the hook program says of a newcomer."""
+
+    ALLOW = "allow"
+    REFUSE = "refuse"
+    SILENT = "no verdict"
+    """It failed, or wasn't done in time."""
+
+
+class Evidence(NamedTuple):
+    """What speaks for or against a newcomer beside its signatures."""
+
+    token: Refusals | None = Refusals.TOKEN_MISSING
+    """Why its token isn't good (`protocol.token.judge`), None where it is."""
+    hook: Hook | None = None
+    """None: not asked yet."""
+
+
 class Decision(enum.Enum):
     """What to do with a well-signed request."""
 
     GRANT_NEW = "grant a new SE"
     GRANT_AGAIN = "send the same grant again"
+    REPLACE_KEY = "let the new key take the old one's place"
     PENDING = "wait for approval"
+    ASK_HOOK = "ask the hook program, then decide again"
     REFUSE = "refuse"
 
 
@@ -291,7 +348,15 @@ def check_networks(networks: Sequence[str]) -> list[str]:
     return problems
 
 
-def decide_unknown(terms: ImageKeyTerms, *, source: str, now: int) -> Verdict:
+_BY_HOOK = {
+    None: Verdict(Decision.ASK_HOOK),
+    Hook.ALLOW: Verdict(Decision.GRANT_NEW),
+    Hook.REFUSE: _refuse(Refusals.HOOK),
+    Hook.SILENT: Verdict(Decision.PENDING),
+}
+
+
+def decide_unknown(terms: ImageKeyTerms, *, source: str, now: int, evidence: Evidence = Evidence()) -> Verdict:  # noqa: B008 - frozen
     """Decides for an SE nobody has seen: the image key's terms, then its policy."""
     if terms.revoked:
         return _refuse(Refusals.IMAGE_KEY_REVOKED)
@@ -301,11 +366,13 @@ def decide_unknown(terms: ImageKeyTerms, *, source: str, now: int) -> Verdict:
         return _refuse(Refusals.IMAGE_KEY_USED_UP)
     if not _allowed_source(source, terms.networks):
         return _refuse(Refusals.SOURCE)
-    if terms.policy is Policy.OPEN:
-        return Verdict(Decision.GRANT_NEW)
-    if terms.policy is Policy.APPROVE:
-        return Verdict(Decision.PENDING)
-    return _refuse(Refusals.POLICY)
+    by_policy = {
+        Policy.OPEN: Verdict(Decision.GRANT_NEW),
+        Policy.TOKEN: _refuse(evidence.token) if evidence.token else Verdict(Decision.GRANT_NEW),
+        Policy.APPROVE: Verdict(Decision.PENDING),
+        Policy.HOOK: _BY_HOOK[evidence.hook],
+    }
+    return by_policy[terms.policy]
 
 
 def decide(
@@ -317,6 +384,7 @@ def decide(
     terms: ImageKeyTerms,
     source: str,
     now: int,
+    evidence: Evidence = Evidence(),  # noqa: B008 - frozen
 ) -> Verdict:
     """The decision table of the module's docstring.
 
@@ -328,12 +396,13 @@ def decide(
         terms: those of the image key whose signature was verified.
         source: the peer's IP address as text.
         now: the controller's time, seconds since 1970.
+        evidence: of token and hook.
     """
     if by_key is not None and by_key.se_id != se_id:
         return _refuse(Refusals.CLONED_KEY)
     known = by_id or by_key  # both name this se_id; an index that lost one of them must not enroll it a second time
     if known is None:
-        return decide_unknown(terms, source=source, now=now)
+        return decide_unknown(terms, source=source, now=now, evidence=evidence)
     if known.status in _BY_STATUS:
         return _refuse(_BY_STATUS[known.status])
     if known.thumbprint != thumbprint:
@@ -354,6 +423,24 @@ def decide_refresh(known: Known | None) -> Verdict:
     if known.status is SeStatus.PENDING:
         return Verdict(Decision.PENDING)
     return Verdict(Decision.GRANT_AGAIN)
+
+
+def decide_rejoin(
+    se_id: str, thumbprint: str, *, by_id: Known | None, by_key: Known | None, token: Refusals | None
+) -> Verdict:
+    """The table for a new key that only a rejoin token speaks for; `token` is why that isn't good, None where it is."""
+    if by_key is not None and by_key.se_id != se_id:
+        return _refuse(Refusals.CLONED_KEY)
+    known = by_id or by_key
+    if known is None:
+        return _refuse(Refusals.SE_UNKNOWN)
+    if known.status in _BY_STATUS:
+        return _refuse(_BY_STATUS[known.status])
+    if known.status is SeStatus.PENDING:
+        return _refuse(Refusals.CONFLICT)
+    if known.thumbprint == thumbprint:
+        return _refuse(Refusals.SPENT) if known.confirmed else Verdict(Decision.GRANT_AGAIN)
+    return _refuse(token) if token else Verdict(Decision.REPLACE_KEY)
 
 
 def is_se_id(text: str) -> bool:

@@ -8,6 +8,8 @@ import pytest
 
 from appliance.protocol.enroll import (
     Decision,
+    Evidence,
+    Hook,
     ImageKeyTerms,
     Known,
     Policy,
@@ -17,6 +19,7 @@ from appliance.protocol.enroll import (
     check_networks,
     decide,
     decide_refresh,
+    decide_rejoin,
     decide_unknown,
     is_attempt_id,
     is_se_id,
@@ -92,17 +95,37 @@ def test_an_index_that_lost_the_se_id_does_not_enroll_it_again(status: SeStatus,
     assert ask(by_id=None, by_key=known) == expected(status, same_key=True, confirmed=confirmed)
 
 
-@pytest.mark.parametrize(
-    ("policy", "verdict"),
-    [
-        (Policy.OPEN, Verdict(Decision.GRANT_NEW)),
-        (Policy.APPROVE, Verdict(Decision.PENDING)),
-        (Policy.TOKEN, refused(Refusals.POLICY)),
-        (Policy.HOOK, refused(Refusals.POLICY)),
-    ],
-)
-def test_an_unknown_se_is_judged_by_the_policy(policy: Policy, verdict: Verdict) -> None:
-    assert ask(by_id=None, by_key=None, terms=TERMS._replace(policy=policy)) == verdict
+GRANTED, WAITS = Verdict(Decision.GRANT_NEW), Verdict(Decision.PENDING)
+TOKENS = [None, Refusals.TOKEN_MISSING, Refusals.TOKEN_USED]
+BY_HOOK = {
+    None: Verdict(Decision.ASK_HOOK),
+    Hook.ALLOW: GRANTED,
+    Hook.REFUSE: refused(Refusals.HOOK),
+    Hook.SILENT: WAITS,
+}
+
+
+@pytest.mark.parametrize(("policy", "token", "hook"), list(itertools.product(Policy, TOKENS, BY_HOOK)))
+def test_an_unknown_se_is_judged_by_the_policy(policy: Policy, token: Refusals | None, hook: Hook | None) -> None:
+    """Each policy looks at its own evidence only."""
+    verdict = decide(
+        SE, KEY, by_id=None, by_key=None, terms=TERMS._replace(policy=policy), source="192.0.2.7", now=NOW,
+        evidence=Evidence(token, hook),
+    )  # fmt: skip
+    assert (
+        verdict
+        == {
+            Policy.OPEN: GRANTED,
+            Policy.TOKEN: refused(token) if token else GRANTED,
+            Policy.APPROVE: WAITS,
+            Policy.HOOK: BY_HOOK[hook],
+        }[policy]
+    )
+
+
+def test_without_evidence_only_an_open_key_grants() -> None:
+    verdicts = {policy: ask(by_id=None, by_key=None, terms=TERMS._replace(policy=policy)) for policy in Policy}
+    assert [policy for policy, verdict in verdicts.items() if verdict == GRANTED] == [Policy.OPEN]
 
 
 @pytest.mark.parametrize("policy", Policy)
@@ -157,6 +180,34 @@ def test_refresh_asks_for_the_status_alone(status: SeStatus, confirmed: bool) ->
 
 def test_refresh_of_an_unknown_se_is_refused() -> None:
     assert decide_refresh(None) == refused(Refusals.SE_UNKNOWN)
+
+
+@pytest.mark.parametrize(
+    ("status", "same_key", "confirmed", "token"),
+    list(itertools.product(SeStatus, [True, False], [True, False], TOKENS)),
+)
+def test_a_rejoin_takes_the_place_of_an_enrolled_se_only(
+    status: SeStatus, same_key: bool, confirmed: bool, token: Refusals | None
+) -> None:
+    known = Known(SE, KEY if same_key else OTHER_KEY, status, confirmed)
+    verdict = decide_rejoin(SE, KEY, by_id=known, by_key=known if same_key else None, token=token)
+    if status in REFUSED_STATUS:
+        assert verdict == refused(REFUSED_STATUS[status])
+    elif status is SeStatus.PENDING:
+        assert verdict == refused(Refusals.CONFLICT)
+    elif same_key:
+        # Whatever became of the token: the answer that put the key in place may have been lost.
+        assert verdict == (refused(Refusals.SPENT) if confirmed else Verdict(Decision.GRANT_AGAIN))
+    else:
+        assert verdict == (refused(token) if token else Verdict(Decision.REPLACE_KEY))
+
+
+@pytest.mark.parametrize("token", TOKENS)
+def test_a_rejoin_makes_no_new_se_and_no_copy(token: Refusals | None) -> None:
+    assert decide_rejoin(SE, KEY, by_id=None, by_key=None, token=token) == refused(Refusals.SE_UNKNOWN)
+    twin = Known(OTHER_SE, KEY, SeStatus.ENROLLED, True)
+    own = Known(SE, OTHER_KEY, SeStatus.ENROLLED, True)
+    assert decide_rejoin(SE, KEY, by_id=own, by_key=twin, token=token) == refused(Refusals.CLONED_KEY)
 
 
 def test_every_refusal_has_a_code_of_its_own_and_says_what_to_do() -> None:

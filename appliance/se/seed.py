@@ -17,7 +17,7 @@ import dataclasses
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from appliance.errors import ApplianceError, SeedError, UsageError
 from appliance.paths import Paths
@@ -35,6 +35,7 @@ IMAGE_DIRECTORY = Path("etc/appliance/seed")
 ENROLL_PORT = 8443
 
 _DISKS = ("dev/disk/by-label/cidata", "dev/disk/by-label/CIDATA")
+_FILES = {protocol.SEED_FILE, protocol.ROOT_CA_FILE, protocol.TRUST_FILE, protocol.IMAGE_KEY_FILE}
 _MAX_TRUST_FILE_BYTES = protocol.MAX_BUNDLE_BYTES
 
 
@@ -78,39 +79,45 @@ class _Directory:
 
 
 class _Iso:
-    """An ISO 9660 image or disk, read through Rock Ridge or Joliet names."""
+    """An ISO 9660 image or disk, with Rock Ridge or Joliet names; read whole at once, as far as it concerns us."""
 
     def __init__(self, path: Path) -> None:
         import pycdlib  # read at first boot only; a quarter of a second of import that tunnel mode never pays
 
         self.source = str(path)
-        self._iso = pycdlib.PyCdlib()
+        self._content: dict[str, bytes] = {}
+        iso = pycdlib.PyCdlib()
         try:
-            self._iso.open(self.source)
-            self._kind = "rr_path" if self._iso.has_rock_ridge() else "joliet_path"
-            children = self._iso.list_children(**{self._kind: "/"})
-            self._sizes = {
-                self._iso.full_path_from_dirrecord(child, rockridge=self._kind == "rr_path"): child.get_data_length()
-                for child in children
-                if child is not None and child.is_file()
-            }
+            with path.open("rb") as file:
+                iso.open_fp(file)
+                try:
+                    self._read_all(iso, "rr_path" if iso.has_rock_ridge() else "joliet_path")
+                finally:
+                    iso.close()
         except Exception as error:  # noqa: BLE001 - foreign bytes: pycdlib raises struct and index errors on damage
             raise SeedError(
                 f"{path} can't be read as an ISO image: {error}", hint="write it with `image-builder seed`"
             ) from None
 
+    def _read_all(self, iso: Any, kind: str) -> None:
+        for child in iso.list_children(**{kind: "/"}):
+            if not child.is_file():
+                continue
+            raw = child.rock_ridge.name() if kind == "rr_path" else child.file_identifier()
+            name = raw.decode("utf-8" if kind == "rr_path" else "utf-16-be").partition(";")[0]
+            if name in _FILES:
+                content = io.BytesIO()
+                # Not more than the limit and a bit, so that `read` can tell: the length is whatever the disk says.
+                limited = child.get_data_length() <= _MAX_TRUST_FILE_BYTES
+                if limited:
+                    iso.get_file_from_iso_fp(content, **{kind: f"/{name}"})
+                self._content[name] = content.getvalue() if limited else bytes(_MAX_TRUST_FILE_BYTES + 1)
+
     def read(self, name: str, *, max_bytes: int) -> bytes | None:
-        size = self._sizes.get(f"/{name}")
-        if size is None:
-            return None
-        if size > max_bytes:
-            raise SeedError(f"{name} on {self.source} has {size} bytes, at most {max_bytes} are read")
-        content = io.BytesIO()
-        try:
-            self._iso.get_file_from_iso_fp(content, **{self._kind: f"/{name}"})
-        except Exception as error:  # noqa: BLE001 - as above
-            raise SeedError(f"{name} on {self.source} can't be read: {error}") from None
-        return content.getvalue()
+        content = self._content.get(name)
+        if content is not None and len(content) > max_bytes:
+            raise SeedError(f"{name} on {self.source} is too large: at most {max_bytes} bytes are read")
+        return content
 
 
 def load(paths: Paths, *, setting: str) -> LoadedSeed:

@@ -51,6 +51,11 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def open_descriptors() -> int:
+    """How many this process has."""
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
 class RunningController:
     """One controller on loopback."""
 
@@ -182,6 +187,7 @@ class Machine:
 @contextlib.asynccontextmanager
 async def machine():  # type: ignore[no-untyped-def]
     """A machine for simulated SEs; closes their links at the end."""
+    descriptors = open_descriptors()
     key = asyncssh.generate_private_key("ssh-ed25519")
     line = " ".join(key.export_public_key("openssh").decode().split()[:2])
     accepted: list[asyncssh.SSHServerConnection] = []
@@ -215,8 +221,7 @@ async def machine():  # type: ignore[no-untyped-def]
             connection.abort()
             await connection.wait_closed()
         # asyncssh ends connections in tasks and callbacks of its own; a loop closed before them leaves sockets behind.
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        if others:
-            await asyncio.wait(others, timeout=5)
-        for _ in range(3):
-            await asyncio.sleep(0)
+        deadline = time.monotonic() + 5
+        while open_descriptors() > descriptors:
+            assert time.monotonic() < deadline, "descriptors are left behind"
+            await asyncio.sleep(0.01)

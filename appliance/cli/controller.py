@@ -13,6 +13,7 @@ from appliance.cli import output
 from appliance.cli.context import CliContext, json_option, pass_context, print_json
 from appliance.cli.operator import Operator
 from appliance.cli.output import Cell, Styled
+from appliance.cli.rotation import rotation_group
 from appliance.errors import UsageError
 from appliance.protocol.address import format_endpoint, parse_endpoint
 
@@ -152,3 +153,11 @@ def show(context: CliContext) -> None:
             ("trust", f"version {view.trust_version}"),
         ],
     )
+
+
+for _kind, _what in (
+    ("ca", "the root CA"),
+    ("host-key", "this node's SSH host key"),
+    ("login-key", "the key that logs in to SEs"),
+):
+    command.add_command(rotation_group(_kind, _what))

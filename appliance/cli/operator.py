@@ -29,11 +29,13 @@ from appliance.protocol.operator import (
     ControllerView,
     Drained,
     Event,
+    Finish,
     ImageKeyCreated,
     ImageKeyRevoked,
     ImageKeyTermsWish,
     ImageKeyView,
     Reasoned,
+    RotationView,
     SeDetail,
     StatusView,
 )
@@ -117,6 +119,15 @@ class Operator:
     def verify_audit(self) -> AuditVerdict:
         """What the controller finds when it checks its own chain; reads all of it, so it may take a minute."""
         return self._ask("GET", "/v1/audit/verify", AuditVerdict, deadline_s=max(self._deadline_s, 120.0))
+
+    def rotations(self) -> list[RotationView]:
+        """Changes of root, host key and log-in key."""
+        return self._get("/v1/rotations", list[RotationView])
+
+    def rotate(self, kind: str, verb: str, *, force: bool = False, reason: str = "") -> RotationView:
+        """Begins, finishes or aborts a change, or forgets the former root."""
+        body = Finish(force=force, reason=reason) if verb == "finish" else Reasoned(reason=reason)
+        return self._post(f"/v1/rotations/{_part(kind)}/{verb}", RotationView, body)
 
     def drain(self) -> Drained:
         """Stops admitting links and enrollments."""

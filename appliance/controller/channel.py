@@ -20,6 +20,7 @@ from appliance.controller.attempts import Attempts
 from appliance.controller.fleet import Fleet, ping
 from appliance.controller.link import Link
 from appliance.controller.records import SeRecord
+from appliance.controller.trust import Publication
 from appliance.controller.web import Endpoint, ProblemError, Request, simple_problem
 from appliance.errors import StorageError
 from appliance.protocol import tunnel
@@ -47,13 +48,6 @@ Said = TypeVar("Said")
 Answered = TypeVar("Answered")
 
 TICKET_BYTES = 16
-
-
-class TrustSource(msgspec.Struct):
-    """The trust document in force: what SEs with an older one are sent."""
-
-    version: int
-    envelope: Envelope
 
 
 def _refuse(status: int, code: str, title: str, advice: str) -> ProblemError:
@@ -90,7 +84,7 @@ class ChannelApi:
         history: History,
         attempts: Attempts,
         *,
-        trust: TrustSource,
+        trust: Publication,
         node: int,
         reverse_port: Callable[[], int],
         check_reverse: Callable[[Link], None],
@@ -191,6 +185,7 @@ class ChannelApi:
             # It shows the ticket of a hello whose confirmation got lost: it had stored it, so that one is current now.
             changed = msgspec.structs.replace(changed, ticket=hello.ticket)
         if verdict is Newcomer.ROLLED_BACK:
+            link.rolled_back = True
             changed = msgspec.structs.replace(changed, ticket_superseded=record.ticket)
             text = f"{record.name} came back with an older link ticket from {link.source}: restored snapshot or disk?"
             fleet.events.emit("tunnel", "se.rolled-back", record.se_id, text)
@@ -232,6 +227,7 @@ class ChannelApi:
             raise _refuse(409, "TUNNEL-025", "Hello was not confirmed on this link", "Say hello and confirm first.")
         now = self._wall()
         first = link.heartbeats == 0
+        link.trust_version = beat.trust_version
         self._fleet.heartbeat(link, rtt_s=beat.rtt_s, skew_s=beat.time - now, spool_bytes=beat.spool_bytes)
         accepted = 0
         if beat.telemetry and not link.quarantined:

@@ -18,6 +18,7 @@ import ssl
 from collections.abc import Collection, Coroutine
 from typing import Any
 
+import asyncssh
 import msgspec
 import uvloop
 
@@ -25,7 +26,7 @@ from appliance import __version__
 from appliance.controller import metrics
 from appliance.controller.attempts import Attempts
 from appliance.controller.audit import Audit
-from appliance.controller.channel import ChannelApi, TrustSource
+from appliance.controller.channel import ChannelApi
 from appliance.controller.enroll import EnrollApi
 from appliance.controller.events import Events
 from appliance.controller.fleet import Fleet
@@ -34,12 +35,15 @@ from appliance.controller.listener import FrontEnd, HttpLimits, TlsListener
 from appliance.controller.material import Files, Material
 from appliance.controller.nonce import Nonces
 from appliance.controller.operator import EXPIRY_WARNING_S, OperatorApi, views
+from appliance.controller.operator_trust import TrustApi
 from appliance.controller.rate import Rates
 from appliance.controller.registry import Registry
 from appliance.controller.reverse import ReversePath
+from appliance.controller.rotation import Kind, Rotation, resume_files
 from appliance.controller.sockets import Bound, Sockets, open_sockets, port_of
 from appliance.controller.store.sqlite import SqliteStore
 from appliance.controller.telemetry import History
+from appliance.controller.trust import Publication
 from appliance.controller.tunnel import Gateway
 from appliance.controller.web import Endpoint, Request, StreamingResponse, application
 from appliance.errors import ApplianceError, StorageError, TrustError
@@ -47,8 +51,10 @@ from appliance.paths import Paths
 from appliance.pki import ssh_keys, tls
 from appliance.protocol import enroll as enroll_said
 from appliance.protocol import tunnel
+from appliance.protocol.enroll import SeStatus
 from appliance.protocol.fleet import State
 from appliance.protocol.operator import ControllerView
+from appliance.protocol.trust import TrustDocument
 from appliance.protocol.why import Step, StepResult
 from appliance.runtime import host, systemd
 from appliance.runtime.clock import SYNCHRONISED, Clock, SystemClock
@@ -104,7 +110,10 @@ class Controller:
             monotonic=clock.monotonic,
             base_interval_s=terms.heartbeat_interval_s,
         )
-        self.trust = TrustSource(self.material.trust.version, self.material.envelope)
+        self.trust = Publication(self.material, on_publish=self._reserve, wall=clock.now)
+        self.rotation = Rotation(
+            self.material, self.trust, waiting=self._unaware, on_switch=self._switched, wall=clock.now
+        )
         uids = allowed_uids(terms.reverse_users)
         self.reverse = ReversePath(self.fleet, allowed_uids=lambda: uids)
         self.nonces = Nonces(self.material.nonce_key)
@@ -114,7 +123,7 @@ class Controller:
             self.attempts,
             cluster_id=cluster.cluster_id,
             epoch=cluster.epoch,
-            authority=self.material.authority,
+            material=self.material,
             trust=self.trust,
             nonces=self.nonces,
             rates=Rates(
@@ -159,8 +168,10 @@ class Controller:
             "Appliance channel", channel_api.endpoints(), tunnel.MAX_HEADER_BYTES, tunnel.MAX_BODY_BYTES,
             keep_alive_s=900,
         )  # fmt: skip
+        trust_api = TrustApi(self.rotation, self.registry, self.events)
+        operator_endpoints = [*operator_api.endpoints(), *trust_api.endpoints()]
         self.operator_front = self._front(
-            "Appliance operator", operator_api.endpoints(), 16 * 1024, OPERATOR_BODY_BYTES, keep_alive_s=75
+            "Appliance operator", operator_endpoints, 16 * 1024, OPERATOR_BODY_BYTES, keep_alive_s=75
         )
         metrics_endpoint = Endpoint("GET", "/metrics", self._metrics, "Prometheus text", {200: None})
         self.metrics_front = self._front("Appliance metrics", [metrics_endpoint], 16 * 1024, 1024, keep_alive_s=75)
@@ -175,6 +186,7 @@ class Controller:
             monotonic=clock.monotonic,
         )
         self.tls_context = self._tls_context()
+        self.acceptor: asyncssh.SSHAcceptor | None = None
         self.stopping = asyncio.Event()
         self.recheck = asyncio.Event()
         """Set by SIGHUP: look at the node certificate now."""
@@ -207,6 +219,26 @@ class Controller:
             link.source, Step.LINK, StepResult.FAILED, at=self.clock.now(), se_id=link.se_id,
             code=link.lost_reason.value, text=link.lost_text, hint="the SE redials by itself",
         )  # fmt: skip
+
+    def _reserve(self, trust: TrustDocument) -> None:
+        lines = [line for node in trust.nodes for line in node.host_keys] + trust.login_keys
+        self.registry.reserve(ssh_keys.fingerprint(line) for line in lines)
+
+    def _unaware(self, version: int) -> list[str]:
+        """Names of the SEs in good standing that have not seen trust document `version`."""
+        return [
+            record.name
+            for record, link in self.fleet
+            if record.status is SeStatus.ENROLLED and (link is None or link.trust_version < version)
+        ]
+
+    def _switched(self, kind: Kind) -> None:
+        """A successor took over on disk: what listens shows it from now on."""
+        files = self.material.files
+        if kind is Kind.CA:
+            tls.reload(self.tls_context, files.node_certificate, files.node_key)
+        elif kind is Kind.HOST_KEY and self.acceptor is not None:
+            self.acceptor.update(server_host_keys=[str(files.host_key)])
 
     def drain(self) -> None:
         """Admits nobody any more."""
@@ -287,9 +319,8 @@ class Controller:
     async def run(self) -> None:
         """Serves until `stopping` is set."""
         loop = asyncio.get_running_loop()
-        trust = self.material.trust
-        reserved = [line for node in trust.nodes for line in node.host_keys] + trust.login_keys
-        await self.registry.load(reserved=[ssh_keys.fingerprint(line) for line in reserved])
+        await self.registry.load(reserved=())
+        self._reserve(self.material.trust)
         now = int(self.clock.now())
         for nonce in self.registry.used_nonces:
             self.nonces.use(nonce, now)
@@ -304,7 +335,8 @@ class Controller:
             max_per_source=self.settings.controller.max_unauthenticated_per_source,
             on_handshake=self._handshake,
         )
-        acceptor = await self.gateway.listen(self.sockets.ssh, self.material.files.host_key)
+        acceptor = self.acceptor = await self.gateway.listen(self.sockets.ssh, self.material.files.host_key)
+        self.rotation.resume()
         operator = await loop.create_unix_server(
             lambda: self.operator_front.protocol(identify=_actor), sock=self.sockets.operator
         )
@@ -450,6 +482,7 @@ def run(paths: Paths, settings: Settings) -> int:
     with RootLock(paths.lock):
         files = Files(paths.controller_state)
         files.check_ready()
+        resume_files(files)
         Material(files)
         _raise_descriptor_limit()
         uvloop.run(_main(paths, settings, clock))

@@ -82,12 +82,15 @@ class Files:
         return path.with_name(f"next-{path.name}")
 
     def check_ready(self) -> None:
-        """Raises `StorageError` where `controller init` hasn't run to its end; it would start anew."""
+        """Raises `StorageError` where `controller init` hasn't run to its end, or what it made last is gone."""
         if not self.ready.exists():
             raise StorageError(
                 f"{self.state} holds no initialised controller",
                 hint="run `appliance controller init`, or restore a backup",
             )
+        if not self.store.exists():
+            # An empty one would be made: every SE a stranger, its number given away again.
+            raise StorageError(f"the store {self.store} is missing", hint=f"restore it from a backup of {self.state}")
 
 
 def _load(path: Path, decode: Callable[[bytes], T], *, max_bytes: int = MAX_FILE_BYTES) -> T:

@@ -31,13 +31,13 @@ class TcpEnd(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.channel: asyncssh.SSHTCPChannel[bytes] | None = None
         self._early = bytearray()
-        """What the local side said before the channel was open: uvloop reads once even where reading was paused."""
+        """What the local side said before the channel was open. Reading isn't paused from the start: uvloop may then
+        read all the same, or never resume."""
         self._early_eof = False
         self.closed = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
-        self.transport.pause_reading()
 
     def attach(self, channel: asyncssh.SSHTCPChannel[bytes]) -> None:
         """The channel is open: bytes may flow."""
@@ -47,12 +47,13 @@ class TcpEnd(asyncio.Protocol):
             self._early.clear()
         if self._early_eof:
             channel.write_eof()
-        if self.transport is not None and not self.transport.is_closing():
-            self.transport.resume_reading()
+        self._hold_back()
 
     def data_received(self, data: bytes) -> None:
         if self.channel is None:
             self._early += data
+            if len(self._early) > HIGH_WATER_BYTES and self.transport is not None:
+                self.transport.pause_reading()
             return
         if self.channel.is_closing():
             return

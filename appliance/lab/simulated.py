@@ -118,6 +118,7 @@ class SimulatedSe:
         self.links = 0
         self.conn: asyncssh.SSHClientConnection | None = None
         self.interval_s = 5.0
+        self.trust_version = 1
         self._channel: tuple[Any, Any] | None = None
         self._sequence = 0
         self._rtt_s = 0.0
@@ -248,7 +249,7 @@ class SimulatedSe:
             agent_version=__version__,
             facts=self.facts,
             ticket=self.ticket,
-            trust_version=1,
+            trust_version=self.trust_version,
             time=time.time(),
             host_keys=[self.host_key],
             links=self.links,
@@ -279,7 +280,7 @@ class SimulatedSe:
             time=time.time(),
             rtt_s=self._rtt_s,
             telemetry=self.telemetry() if telemetry else [],
-            trust_version=1,
+            trust_version=self.trust_version,
         )
         answer = await self.say(tunnel.HEARTBEAT_PATH, message, HeartbeatAnswer)
         self._rtt_s = time.monotonic() - started

@@ -184,6 +184,33 @@ class Authority:
         )
         return NodeCertificate(issued.public_bytes(serialization.Encoding.PEM), Secret(pkcs8))
 
+    def cross_sign(self, successor: Authority, *, now: int) -> bytes:
+        """Returns the successor's key in a CA certificate by this root, PEM (RFC 4949, cross-certification).
+
+        With it in a node's chain, who still trusts only this root accepts nodes that the successor certified. It says
+        the same as the successor's own certificate, but ends with this root's life.
+
+        Raises:
+            TrustError: a root of another cluster.
+        """
+        other = successor._certificate
+        if successor.cluster_id != self.cluster_id:
+            raise TrustError(f"a root of cluster {successor.cluster_id}, expected {self.cluster_id}")
+        public_key = successor._key.public_key()
+        builder = _builder(
+            other.subject,
+            self._certificate.subject,
+            public_key,
+            not_before=max(now - DAY_S, self.not_before),
+            not_after=min(successor.expires_at, self.expires_at),
+        )
+        for extension in other.extensions:
+            if not isinstance(extension.value, x509.AuthorityKeyIdentifier | x509.SubjectKeyIdentifier):
+                builder = builder.add_extension(extension.value, critical=extension.critical)
+        issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        crossed = builder.add_extension(issuer, critical=False).sign(self._key, hashes.SHA256())
+        return crossed.public_bytes(serialization.Encoding.PEM)
+
     def sign(self, payload_type: str, body: bytes) -> Envelope:
         """Returns `body` in an envelope signed by the root."""
         return sign_envelope(self._key, payload_type, body)

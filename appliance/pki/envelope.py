@@ -33,6 +33,15 @@ def sign_envelope(key: ec.EllipticCurvePrivateKey, payload_type: str, body: byte
     )
 
 
+def combine(envelopes: Sequence[Envelope]) -> Envelope:
+    """Returns one envelope with the signatures of all; they hold the same payload."""
+    first = envelopes[0]
+    if any((entry.payload, entry.payload_type) != (first.payload, first.payload_type) for entry in envelopes):
+        raise TrustError("envelopes of different payloads can't be combined")
+    signatures = [signature for entry in envelopes for signature in entry.signatures]
+    return Envelope(payload=first.payload, payload_type=first.payload_type, signatures=signatures)
+
+
 def verify_envelope(envelope: Envelope, payload_type: str, public_keys: Sequence[str]) -> bytes:
     """Returns the body where one signature is by one of the trusted keys.
 

@@ -13,6 +13,9 @@
     GET  /v1/audit?after=N&limit=M           list[AuditEntry]
     GET  /v1/audit/verify                    AuditVerdict
     GET  /v1/ses/{se}/telemetry?since=T      list[Sample]             (protocol.telemetry) recent history, oldest first
+    GET  /v1/rotations                       list[RotationView]
+    POST /v1/rotations/{kind}/begin          RotationView             body: Reasoned; also abort, forget
+    POST /v1/rotations/{kind}/finish         RotationView             body: Finish
     POST /v1/drain                           Drained                  stop admitting, used by mode set and stop
     GET  /v1/openapi.json                    OpenAPI 3.1
 
@@ -158,6 +161,29 @@ class AuditVerdict(msgspec.Struct, kw_only=True):
     intact: bool
     text: str
     head: str
+
+
+class RotationView(msgspec.Struct, kw_only=True):
+    """How far a change of root, host key or log-in key got."""
+
+    kind: str
+    """`ca`, `host-key` or `login-key`."""
+    phase: str
+    """`none`, `announced` or `switching`."""
+    version: int
+    """Version of the trust document that announced it."""
+    began_at: float
+    waiting: list[str]
+    """Names of SEs that have not seen that version."""
+    former_kept: bool
+    """Whether the former root's key still signs trust documents."""
+
+
+class Finish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Lets a successor take over; `force` also where SEs have not seen it."""
+
+    force: bool = False
+    reason: str = ""
 
 
 class Drained(msgspec.Struct, kw_only=True):

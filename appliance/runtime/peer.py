@@ -4,8 +4,9 @@ The reverse listener lets only some local users connect to an SE, and TCP has no
 owner of each socket, though, so we ask for exactly the one whose local end is our remote end (sock_diag(7); where
 netlink is shut, /proc/net/tcp).
 
-A user is reported only for a socket that is established *and* belongs to a process (inode not 0). The kernel reports
-user 0 for a socket whose process has closed it, so anybody could pass for root by sending a line and closing at once.
+A user is reported only for a socket that is connected *and* belongs to a process (inode not 0); one direction may be
+closed already, as a client that says all it has to say does. The kernel reports user 0 for a socket whose process has
+closed it, so anybody could pass for root by sending a line and closing at once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
 _NLM_F_REQUEST = 1
 _NLMSG_ERROR = 2
-_TCP_ESTABLISHED = 1
+_CONNECTED = frozenset({1, 4, 5, 8})
+"""TCP_ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT: a process may hold such a socket."""
 _HEADER = struct.Struct("=IHHII")
 """nlmsghdr: length, type, flags, sequence, port."""
 _QUERY = struct.Struct("=BBBxI")
@@ -84,7 +86,7 @@ def _judge(answer: bytes, local: Endpoint, remote: Endpoint) -> int | None:
     _, state, _, _, _, _, _, uid, inode = _ANSWER.unpack_from(answer)
     # Where the exact socket is gone the kernel falls back to a listener on that port: compare ports and addresses.
     wanted = _socket_id(local, remote)
-    if state != _TCP_ESTABLISHED or inode == 0 or answer[4:40] != wanted[:36]:
+    if state not in _CONNECTED or inode == 0 or answer[4:40] != wanted[:36]:
         return None
     return int(uid)
 
@@ -96,7 +98,7 @@ def _search_proc(local: Endpoint, remote: Endpoint) -> int | None:
             for line in table:
                 columns = line.split()
                 if (columns[1], columns[2]) == wanted:
-                    is_live = int(columns[3], 16) == _TCP_ESTABLISHED and columns[9] != "0"
+                    is_live = int(columns[3], 16) in _CONNECTED and columns[9] != "0"
                     return int(columns[7]) if is_live else None
     except OSError:
         return None

@@ -37,13 +37,16 @@ class _Memo(NamedTuple):
 
 
 async def ping(link: Link, deadline_s: float = tunnel.DEADLINE_S) -> bool:
-    """Whether the peer answers a keep-alive request in time (any answer counts, RFC 4254 section 4)."""
+    """Whether the peer answers a keep-alive request in time (any answer counts, RFC 4254 section 4).
+
+    False also where the connection ended meanwhile: asyncssh then answers in the peer's place.
+    """
     try:
         # asyncssh has no public call for one ping with a deadline; tests/contract holds this one in place.
         await asyncio.wait_for(link.conn._make_global_request(b"keepalive@openssh.com"), deadline_s)  # noqa: SLF001
     except (TimeoutError, OSError):
         return False
-    return True
+    return not link.conn.is_closed()
 
 
 class Fleet:
@@ -72,6 +75,8 @@ class Fleet:
         self._lost: dict[str, tuple[Reason, str]] = {}
         self._last_heartbeat: dict[str, float] = {}
         self._pinging: set[asyncio.Task[None]] = set()
+        self._asked: set[int] = set()
+        """Ids of links that were pinged and not heard of since; they are not in line meanwhile."""
         self.started_at = wall()
         self.heartbeats = 0
         """Answered since start."""
@@ -114,6 +119,7 @@ class Fleet:
         self._by_last_seen[link.link_id] = link
         if older is not None and older is not link:
             self._by_last_seen.pop(older.link_id, None)
+            self._asked.discard(older.link_id)
             older.close(Reason.LINK_LOST, f"the SE came back from {link.source}")
         self.look(link.se_id)
 
@@ -129,6 +135,9 @@ class Fleet:
         link.last_seen = self._monotonic()
         if link.link_id in self._by_last_seen:
             self._by_last_seen.move_to_end(link.link_id)
+        elif link.link_id in self._asked:
+            self._asked.discard(link.link_id)
+            self._by_last_seen[link.link_id] = link
 
     def heartbeat(self, link: Link, *, rtt_s: float, skew_s: float, spool_bytes: int) -> None:
         """A heartbeat arrived."""
@@ -151,6 +160,7 @@ class Fleet:
     def lost(self, link: Link) -> None:
         """The connection is gone."""
         self._by_last_seen.pop(link.link_id, None)
+        self._asked.discard(link.link_id)
         held = self._quarantined.get(link.se_id)
         if held is not None:
             held.discard(link)
@@ -175,18 +185,21 @@ class Fleet:
         for link in list(self._by_last_seen.values()):
             if now - link.last_seen < allowed_s:
                 break
-            # Popped until it answers, so that one ping at a time is under way.
             del self._by_last_seen[link.link_id]
+            self._asked.add(link.link_id)
             task = asyncio.create_task(self._last_call(link))
             self._pinging.add(task)
             task.add_done_callback(self._pinging.discard)
 
     async def _last_call(self, link: Link) -> None:
         silent_since = link.last_seen
-        if await ping(link, tunnel.DEADLINE_S - SWEEP_S) or link.last_seen > silent_since:
-            self._by_last_seen[link.link_id] = link
+        answered = await ping(link, tunnel.DEADLINE_S - SWEEP_S)
+        if link.link_id not in self._asked:
+            return  # heard of meanwhile, or lost
+        if answered:
             self.seen(link)
             return
+        self._asked.discard(link.link_id)
         self.missed += 1
         silence_s = self._monotonic() - silent_since
         link.close(Reason.HEARTBEAT_MISSED, f"nothing heard for {silence_s:.1f} s, and a ping went unanswered")

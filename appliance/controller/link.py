@@ -64,6 +64,7 @@ class Link:
         "reverse_error",
         "reverse_granted",
         "reverse_ok",
+        "rolled_back",
         "rtt",
         "se_id",
         "skew_s",
@@ -90,6 +91,8 @@ class Link:
         """Handed out in hello, awaits its confirmation."""
         self.confirmed = False
         self.quarantined = False
+        self.rolled_back = False
+        """Admitted with an older ticket than the newest one known."""
         self.heartbeats = 0
         self.rtt = RttMinimum()
         self.was_rtt_high = False
@@ -116,6 +119,7 @@ class Link:
             skew_s=self.skew_s,
             spool_bytes=self.spool_bytes,
             reverse_error=self.reverse_error,
+            rolled_back=self.rolled_back,
         )
 
     def close(self, reason: Reason, text: str) -> None:

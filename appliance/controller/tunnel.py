@@ -246,12 +246,13 @@ class Peer(asyncssh.SSHServer):
         gateway.attempts.note(
             self._source, Step.LINK, StepResult.OK, at=gateway.wall(), se_id=self._se_id, text="logged in"
         )
-        # A link that never says hello must not stay.
+        # A link that never says hello, or whose hello was refused, must not stay.
         asyncio.get_running_loop().call_later(gateway.terms.login_timeout_s, self._hello_deadline)
 
     def _hello_deadline(self) -> None:
-        if self._link is not None and not self._link.hello_done:
-            self._link.close(Reason.LINK_LOST, "no hello came over the link")
+        link = self._link
+        if link is not None and not link.ticket and not link.quarantined:
+            link.close(Reason.LINK_LOST, "no hello was accepted on the link")
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._no_longer_waiting()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +153,47 @@ async def turns(condition: Callable[[], object], most: int = 2000) -> None:
             return
         await asyncio.sleep(0)
     raise AssertionError("it never came true")
+
+
+class JumpingLoop(asyncio.SelectorEventLoop):
+    """An event loop whose clock jumps to the next timer when nothing else is to do: hours pass in milliseconds.
+
+    Work in threads doesn't move the clock; don't let timers and threads race.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._jumped_s = 0.0
+        selector = self._selector  # type: ignore[attr-defined]
+        real = selector.select
+
+        def select(timeout: float | None = None) -> Any:
+            found = real(timeout if timeout is None else 0)
+            if not found and timeout:
+                self._jumped_s += timeout
+            return found
+
+        selector.select = select
+
+    def time(self) -> float:
+        return 1000.0 + self._jumped_s
+
+
+class LoopClock(HandClock):
+    """Both clocks, moved by the loop in which it was made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loop = asyncio.get_running_loop()
+
+    def now(self) -> float:
+        return NOW + self.monotonic() - 1000.0
+
+    def monotonic(self) -> float:
+        return self._loop.time()
+
+
+def run_jumping(work: Coroutine[Any, Any, None]) -> None:
+    """Runs `work` in a `JumpingLoop`."""
+    with asyncio.Runner(loop_factory=JumpingLoop) as runner:
+        runner.run(work)

@@ -28,12 +28,14 @@ from appliance.errors import UsageError
 from appliance.pki import ssh_keys
 from appliance.pki.authority import Authority
 from appliance.protocol.operator import RotationView
-from appliance.storage.atomic import read_limited, remove_durably, write_atomic
+from appliance.storage.atomic import read_limited, remove_durably, sync_directory, write_atomic
 from appliance.storage.document import Document
 
 _log = logging.getLogger(__name__)
 
 MAX_FILE_BYTES = 64 * 1024
+_GONE = "gone-"
+"""Begin of the name of a key that is being destroyed."""
 
 
 class Kind(enum.StrEnum):
@@ -73,35 +75,35 @@ def _public(path: Path) -> Path:
     return path.with_name(f"{path.name}.pub")
 
 
-def _replace(files: Files, path: Path, mode: int) -> None:
-    """Puts a file's successor in its place, where there is one."""
-    try:
-        content = read_limited(files.successor(path), max_bytes=MAX_FILE_BYTES)
-    except FileNotFoundError:
-        return
-    write_atomic(path, content, mode=mode)
+def _destroy(path: Path) -> None:
+    """Scrubs a key; by way of another name, so that a cut never leaves zeros where a key is looked for."""
+    gone = path.with_name(f"{_GONE}{path.name}")
+    if path.exists():
+        path.replace(gone)
+    remove_durably(gone, scrub=True)
 
 
 def _switch_files(files: Files, kind: Kind) -> None:
     """Puts the successor's files in place; may be cut and repeated anywhere."""
     if kind is Kind.CA:
-        pairs = [(files.root_key, 0o600), (files.root_certificate, 0o644)]
-        for path, mode in pairs:
+        for path, mode in ((files.root_key, 0o600), (files.root_certificate, 0o644)):
             former = files.former(path)
             if not former.exists():
                 write_atomic(former, read_limited(path, max_bytes=MAX_FILE_BYTES), mode=mode)
-        pairs = [(files.cross_certificate, 0o644), (files.root_certificate, 0o644), (files.root_key, 0o600)]
+        paths = [files.cross_certificate, files.root_certificate, files.root_key]
     else:
-        path = files.host_key if kind is Kind.HOST_KEY else files.login_key
-        pairs = [(_public(path), 0o644), (path, 0o600)]
-    for path, mode in pairs:
-        _replace(files, path, mode)
-    for path, _mode in pairs:
-        remove_durably(files.successor(path), scrub=True)
+        private = files.host_key if kind is Kind.HOST_KEY else files.login_key
+        paths = [_public(private), private]
+    for path in paths:
+        if files.successor(path).exists():
+            files.successor(path).replace(path)
+    sync_directory(files.state)
 
 
 def resume_files(files: Files) -> None:
     """Finishes what a power cut left of switching files; runs before anything is loaded from them."""
+    for gone in files.state.glob(f"{_GONE}*"):
+        remove_durably(gone, scrub=True)
     records = _document(files).load()
     for kind, record in records.kinds.items() if records else ():
         if record.phase is Phase.SWITCHING:
@@ -265,7 +267,7 @@ class Rotation:
             Kind.LOGIN_KEY: (files.login_key, _public(files.login_key)),
         }[kind]
         for path in paths:
-            remove_durably(files.successor(path), scrub=True)
+            _destroy(files.successor(path))
         self._material.load_authorities()
         self._save(kind, None)
         return self.view(kind)
@@ -274,7 +276,7 @@ class Rotation:
         """Destroys the former root's key: SEs that were off since before the change of root need a new seed then."""
         files = self._material.files
         for path in (files.root_key, files.root_certificate):
-            remove_durably(files.former(path), scrub=True)
+            _destroy(files.former(path))
         self._material.load_authorities()
 
     def resume(self) -> None:

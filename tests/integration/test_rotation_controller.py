@@ -193,7 +193,10 @@ getattr(change, verb)(kind)
 """
 
 
-@pytest.mark.parametrize("kind", ["ca", "host-key", "login-key"])
+@pytest.mark.parametrize(
+    "kind",
+    ["ca", pytest.param("host-key", marks=pytest.mark.slow), pytest.param("login-key", marks=pytest.mark.slow)],
+)
 def test_a_power_cut_at_any_step_is_finished_by_the_next_start(tmp_path: Path, kind: str) -> None:
     """Each rename and unlink is a step; after each cut the daemon starts, and the change can be brought to its end."""
     for verb in ("begin", "finish"):

@@ -31,10 +31,11 @@ class RttMinimum:
 
     def add(self, rtt_s: float, now: float) -> None:
         """Notes one round trip; `now` is monotonic."""
-        if now - self._since >= RTT_WINDOW_S:
-            self._before = self._current if now - self._since < 2 * RTT_WINDOW_S else None
+        windows = (now - self._since) // RTT_WINDOW_S
+        if windows >= 1:
+            self._before = self._current if windows == 1 else None
             self._current = None
-            self._since = now
+            self._since += windows * RTT_WINDOW_S
         self._current = rtt_s if self._current is None else min(self._current, rtt_s)
 
     @property

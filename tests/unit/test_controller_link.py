@@ -1,0 +1,93 @@
+"""One link: the minimum of its round trips over the last minute, and how it is closed."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import asyncssh
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from appliance.controller.link import RTT_WINDOW_S, Link, RttMinimum
+from appliance.protocol.fleet import LinkView, Reason
+
+
+def test_nothing_measured_is_none() -> None:
+    assert RttMinimum().value is None
+
+
+@given(
+    start=st.floats(0, 1e6),
+    samples=st.lists(st.tuples(st.floats(0.01, 100), st.floats(0.001, 10)), min_size=1, max_size=100),
+)
+def test_the_minimum_covers_half_a_minute_to_a_minute(start: float, samples: list[tuple[float, float]]) -> None:
+    rtt, now, seen = RttMinimum(), start, []
+    for gap, value in samples:
+        now += gap
+        rtt.add(value, now)
+        seen.append((now, value))
+        assert rtt.value is not None
+        # Whatever is younger than one window counts, nothing older than two does.
+        assert rtt.value <= min(value for at, value in seen if now - at < RTT_WINDOW_S - 1e-6)
+        assert rtt.value in [value for at, value in seen if now - at <= 2 * RTT_WINDOW_S + 1e-6]
+
+
+def test_windows_by_example() -> None:
+    rtt = RttMinimum()
+    rtt.add(0.010, 90.0)
+    rtt.add(0.050, 119.9)
+    assert rtt.value == 0.010
+    rtt.add(0.060, 120.0)  # a new window; the one before still counts
+    assert rtt.value == 0.010
+    rtt.add(0.070, 149.9)
+    assert rtt.value == 0.010
+    rtt.add(0.080, 150.0)  # the first window is forgotten, the second is "before"
+    assert rtt.value == 0.060
+    rtt.add(0.090, 400.0)  # after a long silence nothing old counts
+    assert rtt.value == 0.090
+
+
+class Conn:
+    def __init__(self) -> None:
+        self.aborted = 0
+
+    def abort(self) -> None:
+        self.aborted += 1
+
+
+def made() -> tuple[Link, Conn]:
+    conn = Conn()
+    return Link(cast("asyncssh.SSHServerConnection", conn), link_id=1, se_id="s", source="192.0.2.1", now=5.0), conn
+
+
+def test_a_fresh_link_has_nothing_to_show() -> None:
+    link, _ = made()
+    assert link.view() == LinkView(
+        confirmed=False, heartbeats=0, reverse_ok=None, rtt_s=None, skew_s=0.0, spool_bytes=0
+    )
+    assert link.last_seen == link.opened_at == 5.0
+
+
+def test_the_view_follows_the_fields() -> None:
+    link, _ = made()
+    link.confirmed, link.heartbeats, link.reverse_ok, link.skew_s, link.spool_bytes = True, 3, False, -2.0, 10
+    link.reverse_error, link.rolled_back = "refused", True
+    link.rtt.add(0.02, 10.0)
+    assert link.view() == LinkView(
+        confirmed=True, heartbeats=3, reverse_ok=False, rtt_s=0.02, skew_s=-2.0, spool_bytes=10,
+        reverse_error="refused", rolled_back=True,
+    )  # fmt: skip
+
+
+def test_the_first_reason_counts_and_every_close_cuts() -> None:
+    link, conn = made()
+    link.close(Reason.HEARTBEAT_MISSED, "silent")
+    link.close(Reason.REVOKED, "later")
+    assert (link.lost_reason, link.lost_text, conn.aborted) == (Reason.HEARTBEAT_MISSED, "silent", 2)
+
+
+def test_a_misspelt_field_is_an_error() -> None:
+    link, _ = made()
+    with pytest.raises(AttributeError):
+        link.confirmd = True  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import secrets
 import threading
 import uuid
+from pathlib import Path
 
 import msgspec
 
@@ -26,9 +27,11 @@ from appliance.protocol.enroll import Grant
 from appliance.protocol.seed import IMAGE_KEY_FILE
 from appliance.protocol.trust import Envelope
 from appliance.runtime import log
-from appliance.se.seed import IMAGE_DIRECTORY
 from appliance.storage.atomic import make_dir, read_limited, remove_durably, set_aside, write_atomic
 from appliance.storage.document import Document
+
+IMAGE_DIRECTORY = Path("etc/appliance/seed")
+"""Below the root: where an image carries its seed."""
 
 _MAX_KEY_BYTES = 16 * 1024
 

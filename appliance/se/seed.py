@@ -28,10 +28,9 @@ from appliance.protocol import seed as protocol
 from appliance.protocol import strict_json
 from appliance.protocol.address import format_endpoint, parse_endpoint
 from appliance.protocol.trust import Envelope, TrustDocument
+from appliance.se.identity import IMAGE_DIRECTORY
 from appliance.storage.atomic import read_limited
 
-IMAGE_DIRECTORY = Path("etc/appliance/seed")
-"""Below the root: where an image carries its seed."""
 ENROLL_PORT = 8443
 
 _DISKS = ("dev/disk/by-label/cidata", "dev/disk/by-label/CIDATA")

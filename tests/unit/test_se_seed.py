@@ -18,6 +18,7 @@ from appliance.protocol import strict_json
 from appliance.protocol.seed import SCHEMA, Hints, Seed
 from appliance.protocol.trust import TRUST_TYPE, TrustDocument
 from appliance.se import seed
+from appliance.se.identity import IMAGE_DIRECTORY
 
 NOW = int(time.time())
 KEY_ID, KEY = create_image_key()
@@ -66,7 +67,7 @@ def paths(tmp_path: Path) -> Paths:
 @pytest.fixture
 def image(paths: Paths) -> Path:
     """Where an image carries its seed."""
-    return paths.root / seed.IMAGE_DIRECTORY
+    return paths.root / IMAGE_DIRECTORY
 
 
 def test_a_directory(paths: Paths, image: Path) -> None:

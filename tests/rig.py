@@ -62,7 +62,7 @@ class RunningController:
     def __init__(
         self, root: Path, *, settings: dict[str, Any] | None = None,
         clock: dict[str, Any] | None = None, services: dict[str, str] | None = None,
-        address: str = "127.0.0.1", seen: tuple[int, int] | None = None,
+        address: str = "127.0.0.1", seen: tuple[int, int] | None = None, date: str = "now",
     ) -> None:  # fmt: skip
         """`address` is bound and told to SEs; `seen` are the enroll and SSH ports told to them instead of the own."""
         self.root = root
@@ -84,7 +84,7 @@ class RunningController:
         self.process: subprocess.Popen[bytes] | None = None
         enroll, ssh = seen or (self.enroll_port, self.ssh_port)
         ports = ("--enroll-port", str(enroll), "--ssh-port", str(ssh))
-        self.command("controller", "init", "--address", address, *ports, "--date", "now")
+        self.command("controller", "init", "--address", address, *ports, "--date", date)
         self.command("mode", "set", "controller")
 
     def command(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -94,12 +94,12 @@ class RunningController:
         assert not check or done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
         return done
 
-    def start(self) -> RunningController:
-        """Starts the daemon and waits until it listens."""
+    def start(self, *python: str) -> RunningController:
+        """Starts the daemon and waits until it listens; `python` are arguments in place of `-m appliance`."""
         self.paths.controller_file.unlink(missing_ok=True)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "appliance", "--root", str(self.root), "run"],
+                [sys.executable, *(python or ("-m", "appliance")), "--root", str(self.root), "run"],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         until(self._is_ready, what="the controller listens")

@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import pwd
+import shutil
 import signal
 import socket
 import struct
@@ -211,7 +212,9 @@ class RealSe:
 
     def bake(self, bundle: Path) -> None:
         """Bakes a seed from `bundle` beside the root; an older one is replaced."""
-        programs.bake(bundle, self._layout.seed(self.name), self.name)
+        seed = self._layout.seed(self.name)
+        shutil.rmtree(seed, ignore_errors=True)
+        programs.bake(bundle, seed, self.name)
 
     def write_settings(self, own: dict[str, Any], clock: dict[str, Any]) -> None:
         """Writes the settings file."""
@@ -328,7 +331,7 @@ class Site:
 
     def __init__(
         self, root: Path, *, settings: dict[str, Any] | None = None, clock: dict[str, Any] | None = None,
-        address: str = "",
+        address: str = "", date: str = "now",
     ) -> None:  # fmt: skip
         """With an `address` the controller listens there, and SEs reach it without a cable of ours."""
         self.layout = Layout(root)
@@ -337,7 +340,9 @@ class Site:
         user = pwd.getpwuid(os.geteuid()).pw_name
         terms = {"heartbeat_interval_s": INTERVAL_S, "reverse_users": [user], **(settings or {})}
         where: dict[str, Any] = {"address": address} if address else {"seen": (self.enroll.port, self.ssh.port)}
-        self.controller = RunningController(self.layout.controller.root, settings=terms, clock=clock, **where)
+        self.controller = RunningController(
+            self.layout.controller.root, settings=terms, clock=clock, date=date, **where
+        )
         self.enroll.target, self.ssh.target = self.controller.enroll_port, self.controller.ssh_port
 
     @property
@@ -345,9 +350,9 @@ class Site:
         """The first image key's bundle."""
         return next((self.controller.paths.controller_state / "bundles").glob("*.json"))
 
-    def se(self, name: str, **more: Any) -> RealSe:
-        """Makes one more SE; it isn't started."""
-        self.ses.append(RealSe(self.layout, name, self.bundle, **more))
+    def se(self, name: str, *, bundle: Path | None = None, **more: Any) -> RealSe:
+        """Makes one more SE, from the first image key's bundle unless another is given; it isn't started."""
+        self.ses.append(RealSe(self.layout, name, bundle or self.bundle, **more))
         return self.ses[-1]
 
     def is_up(self, se: RealSe) -> bool:

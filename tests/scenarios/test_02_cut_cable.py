@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from lab_rig import INTERVAL_S, NOTICE_S, SLACK_S, RealSe, Site, no_leak, resources, site
@@ -169,14 +168,14 @@ def namespace() -> Iterator[tuple[str, str, str]]:
 
 
 @needs_namespaces
-def test_a_pulled_cable(namespace: tuple[str, str, str], tmp_path: Path) -> None:
+def test_a_pulled_cable(namespace: tuple[str, str, str], tmp_path_factory: pytest.TempPathFactory) -> None:
     """The real thing: an SE in a network namespace of its own, whose only cable is pulled and plugged again."""
     name, device, address = namespace
 
     def cable(state: str) -> None:
         subprocess.run(["ip", "link", "set", device, state], check=True, timeout=20)
 
-    with site(tmp_path / "site", address=address) as at:
+    with site(tmp_path_factory.mktemp("pulled"), address=address) as at:
         se = at.se("se-1", prefix=["ip", "netns", "exec", name]).start()
         at.until_up(se)
         since = time.time()

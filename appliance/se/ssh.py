@@ -127,6 +127,10 @@ class SshConnection:
                 code="TUNNEL-038",
             ) from None
 
+    def lost(self) -> TunnelError:
+        """Returns why a connection is over that nobody here ended."""
+        return TunnelError(self._ended(EOFError()), code="TUNNEL-035")
+
     def _ended(self, error: Exception) -> str:
         """Says why the link ended: paramiko's own "SSH session not active" tells an operator nothing."""
         if self._transport.is_active():

@@ -189,6 +189,7 @@ class Link:
         sock = connect(self.endpoint, default_port=SSH_PORT, timeout_s=settings.connect_timeout_s, stop=stop)
         wire = Wire(sock, self._clock)
         guard = Guard(wire, self._clock, login_deadline_s=LOGIN_DEADLINE_S)
+        wire.on_close = guard.lost
         guard.start()
         connection = SshConnection(wire, allow_curve25519=settings.allow_curve25519)
         withdraw = stop.on_stop(guard.leave)
@@ -222,6 +223,8 @@ class Link:
                 self._collect(api, guard)
             if guard.is_leaving:
                 connection.say_goodbye()
+            elif not guard.reason:
+                raise connection.lost()
             raise TunnelError(guard.reason or "told to stop", code="TUNNEL-039")
         finally:
             self._connection = None

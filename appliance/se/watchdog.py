@@ -101,11 +101,15 @@ class Guard:
             self._leave_by = self._clock.monotonic() + (GOODBYE_S if self._watchdog is not None else 0.0)
             self._changed.notify_all()
 
-    def end(self) -> None:
-        """Ends the connection now."""
+    def lost(self) -> None:
+        """The connection ended by itself: `wait_due` returns False now, not when the next ping fails."""
         with self._changed:
             self._is_over = True
             self._changed.notify_all()
+
+    def end(self) -> None:
+        """Ends the connection now."""
+        self.lost()
         self._wire.close()
 
     def join(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+from collections.abc import Callable
 
 from appliance.errors import TunnelError, UnreachableError
 from appliance.protocol.address import parse_endpoint
@@ -81,6 +82,8 @@ class Wire:
         self.received_bytes = 0
         self.sent_bytes = 0
         self.closed = False
+        self.on_close: Callable[[], None] = lambda: None
+        """Called by each `close`; paramiko closes its socket when the peer did, or broke the protocol."""
         sock.settimeout(_LOOK_AGAIN_S)
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOT_SENT_BYTES)
@@ -122,6 +125,7 @@ class Wire:
         """Ends the connection; see the module's docstring."""
         self.closed = True
         shut(self._sock)
+        self.on_close()
 
     def release(self) -> None:
         """Gives the descriptor back. Nobody may use the wire any more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -103,6 +104,19 @@ def test_leaving_before_the_greeting_is_at_once(line: Line, make: Callable[..., 
     guard.leave()
     guard.join()
     assert line.closed_at - begun < 0.2
+
+
+def test_a_lost_connection_ends_the_wait_at_once(line: Line, make: Callable[..., Guard]) -> None:
+    guard = make()
+    guard.greeted(60.0)
+    assert guard.wait_due()
+    lost = threading.Timer(0.05, guard.lost)
+    lost.start()
+    begun = CLOCK.monotonic()
+    assert not guard.wait_due()
+    assert CLOCK.monotonic() - begun < 5
+    assert guard.reason == "", "the connection knows why it is over"
+    lost.join()
 
 
 def test_an_end_has_no_reason_of_the_guard(line: Line, make: Callable[..., Guard]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import socket
 import ssl
@@ -25,6 +26,10 @@ from uvicorn.server import ServerState
 _log = logging.getLogger(__name__)
 
 _ANSWER = b"HTTP/1.1 %d %s\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+_TOO_LARGE = (413, b"Content Too Large")
+_HEADERS_TOO_LARGE = (431, b"Request Header Fields Too Large")
+_CHUNKED_FACTOR = 2
+"""What a body in chunks may take on the wire, as a multiple of what it may hold."""
 
 
 class HttpLimits(NamedTuple):
@@ -80,7 +85,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._identify = identify
         self.access_log = False
         self._limits = front.limits
-        self._header_bytes = 0
+        self._received_bytes = 0
+        """Of the request that is being read, as they came: with chunk headers and trailers, which uvicorn gathers."""
         self._body_bytes = 0
         self._reading = ""
         self._deadline: asyncio.TimerHandle | None = None
@@ -103,27 +109,28 @@ class GuardedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
-        if self._reading != "body":
-            self._header_bytes += len(data)
-            if self._reading == "":
-                self._arm("headers", self._limits.header_timeout_s)
-            if self._header_bytes > self._limits.max_header_bytes + self._limits.max_body_bytes:
-                self._refuse(431, b"Request Header Fields Too Large")
-                return
+        if self._reading == "":
+            self._received_bytes = 0
+            self._arm("headers", self._limits.header_timeout_s)
+        self._received_bytes += len(data)
+        if self._received_bytes > self._limits.max_header_bytes + _CHUNKED_FACTOR * self._limits.max_body_bytes:
+            self._refuse(*(_TOO_LARGE if self._reading == "body" else _HEADERS_TOO_LARGE))
+            return
         super().data_received(data)
-        if self._reading == "headers" and self._header_bytes > self._limits.max_header_bytes:
-            self._refuse(431, b"Request Header Fields Too Large")
+        if self._reading == "headers" and self._received_bytes > self._limits.max_header_bytes:
+            self._refuse(*_HEADERS_TOO_LARGE)
 
     def on_headers_complete(self) -> None:
+        if self.transport.is_closing():
+            return  # what came with a refused request isn't carried out
         size = sum(len(name) + len(value) + 4 for name, value in self.headers) + len(self.url)
         if size > self._limits.max_header_bytes:
-            self._refuse(431, b"Request Header Fields Too Large")
+            self._refuse(*_HEADERS_TOO_LARGE)
             return
         declared = next((value for name, value in self.headers if name == b"content-length"), b"0")
         if declared.isdigit() and int(declared) > self._limits.max_body_bytes:
-            self._refuse(413, b"Content Too Large")
+            self._refuse(*_TOO_LARGE)
             return
-        self._header_bytes = 0
         self._body_bytes = 0
         self._arm("body", self._limits.body_timeout_s)
         super().on_headers_complete()
@@ -133,7 +140,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._body_bytes > self._limits.max_body_bytes:
-            self._refuse(413, b"Content Too Large")
+            self._refuse(*_TOO_LARGE)
             return
         super().on_body(body)
 
@@ -213,9 +220,11 @@ class TlsListener:
                     self.refused += 1
                     connection.close()
                     continue
+                # Counted here: a task that was made has not begun yet when the next connection is accepted.
+                self._open[source] += 1
                 task = asyncio.create_task(self._serve(connection, source))
                 self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+                task.add_done_callback(functools.partial(self._served, connection, source))
         finally:
             self._front.close()
             for task in list(self._tasks):
@@ -223,29 +232,28 @@ class TlsListener:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _serve(self, connection: socket.socket, source: str) -> None:
-        loop = asyncio.get_running_loop()
-        self._open[source] += 1
         closed = asyncio.Event()
+        protocol = self._front.protocol(source=source)
+        protocol.closed = closed.set
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            protocol = self._front.protocol(source=source)
-            protocol.closed = closed.set
-            try:
-                await loop.connect_accepted_socket(
-                    lambda: protocol,
-                    connection,
-                    ssl=self._context,
-                    ssl_handshake_timeout=self._handshake_timeout_s,
-                    ssl_shutdown_timeout=2.0,
-                )
-            except (OSError, ssl.SSLError, ConnectionError, TimeoutError) as error:
-                self._on_handshake(source, str(error) or type(error).__name__)
-                return
-            self._on_handshake(source, "")
-            await closed.wait()
-        finally:
-            self._open[source] -= 1
-            if not self._open[source]:
-                del self._open[source]
-            with contextlib.suppress(OSError):
-                connection.close()
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: protocol,
+                connection,
+                ssl=self._context,
+                ssl_handshake_timeout=self._handshake_timeout_s,
+                ssl_shutdown_timeout=2.0,
+            )
+        except (OSError, ssl.SSLError, ConnectionError, TimeoutError) as error:
+            self._on_handshake(source, str(error) or type(error).__name__)
+            return
+        self._on_handshake(source, "")
+        await closed.wait()
+
+    def _served(self, connection: socket.socket, source: str, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._open[source] -= 1
+        if not self._open[source]:
+            del self._open[source]
+        with contextlib.suppress(OSError):
+            connection.close()

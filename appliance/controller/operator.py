@@ -6,6 +6,7 @@ user id.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from ipaddress import ip_network
@@ -43,6 +44,8 @@ from appliance.protocol.why import Chain, Link, Step, StepResult, verdict
 
 MAX_WAIT_S = 60.0
 MAX_AUDIT_PAGE = 10_000
+MAX_NUMBER = 2.0**53
+"""Of query parameters; also keeps `nan` and `inf` out, which Python reads as numbers."""
 EXPIRY_WARNING_S = 30 * 86400
 
 
@@ -53,9 +56,12 @@ def _found(error: ApplianceError, status: int) -> ProblemError:
 def _number(request: Request, name: str, default: float) -> float:
     text = request.query_params.get(name, "")
     try:
-        return float(text) if text else default
+        number = float(text) if text else default
     except ValueError:
-        raise ProblemError(simple_problem(400, "HTTP-400", f"{name}={text!r} is no number")) from None
+        number = math.nan
+    if not abs(number) <= MAX_NUMBER:
+        raise ProblemError(simple_problem(400, "HTTP-400", f"{name}={text[:40]!r} is no number that can be meant"))
+    return number
 
 
 class OperatorApi:

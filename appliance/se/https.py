@@ -151,9 +151,10 @@ class Conversation:
         raw.settimeout(self._timeout_s)
         self._sock = raw
         context = tls.client_context(self._trust.roots)
-        self._sock = secured = context.wrap_socket(raw, do_handshake_on_connect=False)
-        self._withdraw = self._stop.on_stop(self._hang_up)
         try:
+            # Where the peer has hung up already, this fails and not the handshake.
+            self._sock = secured = context.wrap_socket(raw, do_handshake_on_connect=False)
+            self._withdraw = self._stop.on_stop(self._hang_up)
             secured.do_handshake()
         except ssl.SSLCertVerificationError as error:
             raise tls.explain(error) from None

@@ -58,13 +58,14 @@ class _Through:
 
 
 class ReversePath:
-    """Serves the reverse listener and checks each link's reverse path once. One loop only."""
+    """Serves the reverse listener and checks each link's reverse path: once, and when it seems down. One loop only."""
 
     def __init__(self, fleet: Fleet, *, allowed_uids: Callable[[], Collection[int]]) -> None:
         self._fleet = fleet
         self._allowed_uids = allowed_uids
         self._tasks: set[asyncio.Task[None]] = set()
         self._turn = asyncio.Semaphore(CHECKS_AT_ONCE)
+        self._checking: set[Link] = set()
         self.refusals: Counter[str] = Counter()
         self.connections = 0
 
@@ -127,42 +128,54 @@ class ReversePath:
             return
         self.connections += 1
         try:
-            channel = await self._open(link, end, peer)
+            channel, session = await self._open(link, end, peer)
             end.attach(channel)
             await end.closed.wait()
+            if not session.has_spoken:
+                # An SSH server speaks first (RFC 4253 section 4.2): who hears nothing may have found none.
+                self.check(link)
         except (asyncssh.Error, OSError, TimeoutError) as error:
             _log.warning("no reverse channel to %s: %s", link.se_id, error, extra={"stage": "tunnel"})
             self._failed(link, str(error) or "no answer in time")
-            self._start(self._check(link))
+            self.check(link)
         finally:
             self.connections -= 1
             if end.transport is not None:
                 end.transport.close()
 
-    async def _open(self, link: Link, end: TcpEnd, peer: tuple[str, int]) -> asyncssh.SSHTCPChannel[bytes]:
+    async def _open(
+        self, link: Link, end: TcpEnd, peer: tuple[str, int]
+    ) -> tuple[asyncssh.SSHTCPChannel[bytes], SshEnd]:
         record = self._fleet.registry.se(link.se_id)
         number = record.number if record else 0
+        session = SshEnd(end, link, self._fleet.seen)
         channel, _ = await asyncio.wait_for(
-            link.conn.create_connection(
-                lambda: SshEnd(end, link, self._fleet.seen), se_address(number), REVERSE_PORT, peer[0], peer[1]
-            ),
+            link.conn.create_connection(lambda: session, se_address(number), REVERSE_PORT, peer[0], peer[1]),
             OPEN_TIMEOUT_S,
         )
         if has_tiny_packets(channel):
             channel.abort()
             raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, "the SE takes only tiny packets")
-        return channel
+        return channel, session
 
     # The check.
 
     def check(self, link: Link) -> None:
-        """Queues the check of a link that just came up."""
-        self._start(self._check(link))
+        """Queues the check of a link that just came up, or whose reverse path seems down; one at a time."""
+        if link not in self._checking:
+            self._checking.add(link)
+            self._start(self._check(link))
 
     def _failed(self, link: Link, error: str) -> None:
         self._fleet.reverse_checked(link, error)
 
     async def _check(self, link: Link) -> None:
+        try:
+            await self._check_until_well(link)
+        finally:
+            self._checking.discard(link)
+
+    async def _check_until_well(self, link: Link) -> None:
         pauses = iter(CHECK_AGAIN_S)
         pause_s = CHECK_AGAIN_S[0]
         while self._fleet.link(link.se_id) is link:

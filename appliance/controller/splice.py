@@ -101,8 +101,11 @@ class SshEnd(asyncssh.SSHTCPSession[bytes]):
         self._end = end
         self._link = link
         self._on_data = on_data
+        self.has_spoken = False
+        """Whether anything came from the SE."""
 
     def data_received(self, data: bytes, datatype: asyncssh.DataType) -> None:  # noqa: ARG002
+        self.has_spoken = True
         self._on_data(self._link)
         if self._end.transport is not None:
             self._end.transport.write(data)

@@ -186,7 +186,7 @@ def _link(
             spent=partial(state.scrub_image_key, paths),
             telemetry=telemetry,
             spool=spool,
-            tell=health.step,
+            tell=refresh.tell,
             settings=settings.se,
             clock=clock,
         )
@@ -202,7 +202,7 @@ def _link(
             refresh.link_is_up()
 
     links = Links(caller, lambda: beliefs.current, most=settings.se.max_links, clock=clock, on_change=on_change)
-    refresh = Refresh(paths, settings.se, state=state, beliefs=beliefs, links=links, clock=clock)
+    refresh = Refresh(paths, settings.se, state=state, beliefs=beliefs, links=links, clock=clock, tell=health.step)
     beliefs.on_change(links.follow)
     forward = Forward(paths.forward_socket, settings.se.forwards, open_channel=links.open_channel)
     supervisor = _supervisor(stop, clock)

@@ -6,6 +6,8 @@ meanwhile. As soon as one comes up the refresh ends, whatever it got.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from appliance.paths import Paths
 from appliance.protocol.why import Step, StepResult
 from appliance.runtime import log
@@ -14,7 +16,11 @@ from appliance.runtime.stop import StopToken
 from appliance.se.believed import Beliefs
 from appliance.se.identity import SeState
 from appliance.se.links import Links
+from appliance.se.ssh import KEY_REFUSED
 from appliance.settings import Se
+
+Tell = Callable[[Step, StepResult, str, str, str], None]
+"""Takes a step of the causal chain: step, result, text, code, hint."""
 
 _LOOK_S = 0.2
 """Least time between two looks."""
@@ -24,7 +30,7 @@ class Refresh:
     """The service."""
 
     def __init__(
-        self, paths: Paths, settings: Se, *, state: SeState, beliefs: Beliefs, links: Links, clock: Clock
+        self, paths: Paths, settings: Se, *, state: SeState, beliefs: Beliefs, links: Links, clock: Clock, tell: Tell
     ) -> None:
         self._log = log.bind("enroll")
         self._paths = paths
@@ -33,10 +39,28 @@ class Refresh:
         self._beliefs = beliefs
         self._links = links
         self._clock = clock
+        self._tell = tell
         self._attempt: StopToken | None = None
+        self._refusal: tuple[str, str, str] | None = None
+        """Text, code and hint of what the controller said last when it was asked for the grant."""
+
+    def tell(self, step: Step, result: StepResult, text: str, code: str, hint: str) -> None:
+        """Takes a step of the causal chain from a link and hands it on.
+
+        A gateway tells nobody why it doesn't take a key; the enroll port, asked with that key, does.
+        """
+        if code == KEY_REFUSED and self._refusal is not None:
+            text, code, hint = self._refusal
+        self._tell(step, result, text, code, hint)
+
+    def _note(self, step: Step, result: StepResult, text: str, code: str, hint: str) -> None:
+        """The steps of first boot happened and still hold; only a refusal is news."""
+        if step is Step.GRANT:
+            self._refusal = (text, code, hint) if result is StepResult.FAILED else None
 
     def link_is_up(self) -> None:
         """Ends a refresh that is under way."""
+        self._refusal = None
         if self._attempt is not None:
             self._attempt.stop("a link is up")
 
@@ -62,8 +86,7 @@ class Refresh:
             state=self._state,
             beliefs=self._beliefs,
             clock=self._clock,
-            # The steps of first boot happened and still hold; a failed refresh is in the log.
-            tell=_pass_over,
+            tell=self._note,
             tell_line=lambda _text: None,
         )
         if self._links.down_for_s():
@@ -71,7 +94,3 @@ class Refresh:
         self._attempt = None
         if not attempt.stopped:
             self._links.follow()
-
-
-def _pass_over(step: Step, result: StepResult, text: str, code: str, hint: str) -> None:
-    """Takes a step of the causal chain and keeps it to itself."""

@@ -24,6 +24,8 @@ from appliance.se.wire import Wire
 
 _MACS = ("hmac-sha2-256-etm@openssh.com", "hmac-sha2-512-etm@openssh.com")
 """Agreed on by both sides and never used: all our ciphers carry their own authentication."""
+KEY_REFUSED = "TUNNEL-032"
+"""Code of the error that the gateway didn't take this SE's key."""
 _ENDLESS_S = 3600.0
 """Where paramiko wants a number; the guard is quicker."""
 _DISCONNECT, _BY_APPLICATION = b"\x01", 11
@@ -71,12 +73,12 @@ class SshConnection:
                 raise TunnelError("the gateway doesn't know strict key exchange", code="TUNNEL-031")
             key = paramiko.Ed25519Key(file_obj=io.StringIO(identity.openssh().reveal().decode()))
             if transport.auth_publickey(user, key):
-                raise TunnelError("the gateway wants more than this SE's key", code="TUNNEL-032")
+                raise TunnelError("the gateway wants more than this SE's key", code=KEY_REFUSED)
         except paramiko.AuthenticationException:
             raise TunnelError(
                 f"the gateway refused this SE's key {identity.thumbprint}",
                 hint="see `appliance why` on the controller: revoked, quarantined, or restored from an old backup",
-                code="TUNNEL-032",
+                code=KEY_REFUSED,
             ) from None
         except _FAILURES as error:
             raise TunnelError(

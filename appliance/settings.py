@@ -75,6 +75,10 @@ class Controller(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_links: Count = 20000
     disk_reserve_bytes: Annotated[int, Meta(ge=0)] = 64 * 1024 * 1024
     """Below this much free space enrollments are refused, so that what was granted can still be stored."""
+    pending_life_s: Annotated[float, Meta(ge=1, le=366 * 86400)] = 7 * 86400.0
+    """How long an SE waits for approval before its request lapses; one that still lives asks anew."""
+    enroll_hook: str = ""
+    """Absolute path of the program that decides for image keys of the policy `hook`."""
     services: dict[str, str] = {}
     """Controller services that SEs may reach over their links: name to `host:port`."""
     telemetry_history_s: Annotated[float, Meta(ge=0, le=7 * 86400)] = 3600.0
@@ -351,6 +355,11 @@ def _check_loopback(value: str) -> None:
         raise UsageError("expected a loopback address, for example 127.0.0.1:9101")
 
 
+def _check_program(value: str) -> None:
+    if value and not value.startswith("/"):
+        raise UsageError("expected an absolute path")
+
+
 def _check_services(value: dict[str, str]) -> None:
     for name, target in value.items():
         if name == "channel" or not _SERVICE_NAME.fullmatch(name):
@@ -370,6 +379,7 @@ _CHECKS: dict[_Key, Callable[[Any], None]] = {
     ("controller", "enroll_listen"): _check_endpoint,
     ("controller", "ssh_listen"): _check_endpoint,
     ("controller", "metrics_listen"): _check_loopback,
+    ("controller", "enroll_hook"): _check_program,
     ("controller", "services"): _check_services,
     ("se", "forwards"): _check_forwards,
 }

@@ -115,9 +115,9 @@ class ChannelApi:
         ]  # fmt: skip
 
     def _record(self, link: Link) -> SeRecord:
-        """The SE's record as it stands: who was enrolled at log-in may be revoked before hello."""
+        """The SE's record as it stands: who was enrolled at log-in may be revoked, or replaced, before hello."""
         record = self._fleet.registry.se(link.se_id)
-        if record is None or record.status is not SeStatus.ENROLLED:
+        if record is None or record.status is not SeStatus.ENROLLED or record.thumbprint != link.thumbprint:
             raise _refuse(403, "TUNNEL-020", "This SE is not enrolled", "See `appliance se show` on the controller.")
         return record
 

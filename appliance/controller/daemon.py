@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import pwd
-import resource
 import shutil
 import signal
 import ssl
@@ -23,26 +22,31 @@ import msgspec
 import uvloop
 
 from appliance import __version__
-from appliance.controller import metrics
+from appliance.controller import metrics, problems
+from appliance.controller.admission import Admission
 from appliance.controller.attempts import Attempts
 from appliance.controller.audit import Audit
 from appliance.controller.channel import ChannelApi
 from appliance.controller.enroll import EnrollApi
 from appliance.controller.events import Events
 from appliance.controller.fleet import Fleet
+from appliance.controller.hook import EnrollHook
 from appliance.controller.link import Link
 from appliance.controller.listener import FrontEnd, HttpLimits, TlsListener
 from appliance.controller.material import Files, Material
 from appliance.controller.nonce import Nonces
-from appliance.controller.operator import EXPIRY_WARNING_S, OperatorApi, views
+from appliance.controller.operator import OperatorApi, views
+from appliance.controller.operator_enroll import AdmissionApi
 from appliance.controller.operator_trust import TrustApi
 from appliance.controller.rate import Rates
 from appliance.controller.registry import Registry
 from appliance.controller.reverse import ReversePath
 from appliance.controller.rotation import Kind, Rotation, resume_files
-from appliance.controller.sockets import Bound, Sockets, open_sockets, port_of
+from appliance.controller.sockets import Bound, Sockets, open_sockets, port_of, raise_descriptor_limit
 from appliance.controller.store.sqlite import SqliteStore
 from appliance.controller.telemetry import History
+from appliance.controller.tending import tend
+from appliance.controller.tokens import Tokens
 from appliance.controller.trust import Publication
 from appliance.controller.tunnel import Gateway
 from appliance.controller.web import Endpoint, Request, StreamingResponse, application
@@ -117,10 +121,16 @@ class Controller:
         uids = allowed_uids(terms.reverse_users)
         self.reverse = ReversePath(self.fleet, allowed_uids=lambda: uids)
         self.nonces = Nonces(self.material.nonce_key)
+        self.admission = Admission(self.registry, pending_life_s=terms.pending_life_s, wall=clock.now)
+        self.tokens = Tokens(self.registry, wall=clock.now)
+        self.hook = EnrollHook(terms.enroll_hook)
         self.enroll_api = EnrollApi(
             self.registry,
             self.events,
             self.attempts,
+            admission=self.admission,
+            hook=self.hook,
+            on_replaced=self.fleet.replaced,
             cluster_id=cluster.cluster_id,
             epoch=cluster.epoch,
             material=self.material,
@@ -158,6 +168,7 @@ class Controller:
             refusals=lambda: self.enroll_api.refusals,
             problems=self.problems,
             drain=self.drain,
+            has_hook=bool(terms.enroll_hook),
             wall=clock.now,
         )
         self.enroll_front = self._front(
@@ -169,7 +180,15 @@ class Controller:
             keep_alive_s=900,
         )  # fmt: skip
         trust_api = TrustApi(self.rotation, self.registry, self.events)
-        operator_endpoints = [*operator_api.endpoints(), *trust_api.endpoints()]
+        admission_api = AdmissionApi(
+            self.registry,
+            self.admission,
+            self.tokens,
+            self.fleet,
+            self.events,
+            on_granted=self.enroll_api.count_granted,
+        )
+        operator_endpoints = [*operator_api.endpoints(), *admission_api.endpoints(), *trust_api.endpoints()]
         self.operator_front = self._front(
             "Appliance operator", operator_endpoints, 16 * 1024, OPERATOR_BODY_BYTES, keep_alive_s=75
         )
@@ -259,30 +278,18 @@ class Controller:
 
     def problems(self) -> list[str]:
         """What an operator should look at."""
-        now = self.clock.now()
-        found = []
-        if not self._has_room():
-            reserve = self.settings.controller.disk_reserve_bytes >> 20
-            found.append(f"less than {reserve} MiB of disk are free: enrollments are refused")
-        if not self.clock.synchronised():
-            found.append("the clock isn't synchronised")
-        for what, expires_at in (
-            ("root CA", self.material.authority.expires_at),
-            ("node certificate", self.material.node_certificate_expires_at),
-        ):
-            if expires_at - now < EXPIRY_WARNING_S:
-                found.append(f"the {what} expires in {max(0.0, expires_at - now) / 86400:.0f} days")
-        active = [
-            key
-            for key in self.registry.image_keys()
-            if not key.revoked_at and key.expires_at > now and key.uses < key.max_uses
-        ]
-        if not active:
-            found.append("no image key is active: no new SE can enroll; see `appliance image-key create`")
-        for record, _ in self.fleet:
-            if held := self.fleet.quarantined(record.se_id):
-                found.append(f"{record.name}: a copy from {held[0].source} is in quarantine")
-        return found
+        found = problems.find(
+            self.registry,
+            self.fleet,
+            expiries={
+                "root CA": self.material.authority.expires_at,
+                "node certificate": self.material.node_certificate_expires_at,
+            },
+            short_of_bytes=0 if self._has_room() else self.settings.controller.disk_reserve_bytes,
+            clock_is_synchronised=self.clock.synchronised(),
+            now=self.clock.now(),
+        )
+        return list(found)
 
     async def _metrics(self, _request: Request, _body: None) -> StreamingResponse:
         ses = []
@@ -362,6 +369,7 @@ class Controller:
             self.fleet.close_all("the controller stops")
             self.operator_front.close()
             self.metrics_front.close()
+            self.hook.close()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.gateway.empty.wait(), STOP_WAIT_S)
             self.paths.controller_file.unlink(missing_ok=True)
@@ -372,6 +380,7 @@ class Controller:
             ("enroll", listener.run()),
             ("reverse", self.reverse.run(self.sockets.reverse)),
             ("watch", self.fleet.watch()),
+            ("tending", self._tend()),
             ("renewal", self._renewal()),
             ("watchdog", self._watchdog()),
         ]
@@ -421,6 +430,10 @@ class Controller:
             except ApplianceError as error:
                 _log.error("the node certificate could not be renewed: %s", error.message)
 
+    async def _tend(self) -> None:
+        life_s = self.settings.controller.pending_life_s
+        await tend(self.admission, self.tokens, self.fleet, self.events, pending_life_s=life_s)
+
     async def _watchdog(self) -> None:
         interval_s = systemd.watchdog_interval_s()
         while interval_s:
@@ -437,14 +450,6 @@ def _actor(transport: Any) -> dict[str, Any]:
     except KeyError:
         name = "?"
     return {"actor": f"{name} (uid {uid}, process {pid})"}
-
-
-def _raise_descriptor_limit() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError) as error:
-        _log.warning("at most %d files may be open, the limit can't be raised: %s", soft, error)
 
 
 async def _main(paths: Paths, settings: Settings, clock: Clock) -> None:
@@ -484,6 +489,6 @@ def run(paths: Paths, settings: Settings) -> int:
         files.check_ready()
         resume_files(files)
         Material(files)
-        _raise_descriptor_limit()
+        raise_descriptor_limit()
         uvloop.run(_main(paths, settings, clock))
     return 0

@@ -1,9 +1,9 @@
-"""Stage enroll on HTTPS 8443: nonce, enroll, refresh. Order: rate limit, size, form, signatures, freshness, table,
-store, answer.
+"""Stage enroll on HTTPS 8443: nonce, enroll, refresh, rejoin. Order: rate limit, size, form, signatures, freshness,
+table, store, answer.
 
 Nothing is parsed before the rate limit, nothing believed before the signatures. Which key verifies which signature
 is decided here: the first by the stored image key its `kid` names, the second by the key inside the payload, whose
-fingerprint its `kid` must be.
+fingerprint its `kid` must be. A rejoin has that one alone; what speaks for it is the token in the signed payload.
 """
 
 from __future__ import annotations
@@ -12,22 +12,33 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 
+from appliance.controller.admission import Admission, Enrolled
 from appliance.controller.attempts import Attempts
-from appliance.controller.channel import TrustSource
 from appliance.controller.events import Events
+from appliance.controller.hook import EnrollHook, Facts
+from appliance.controller.material import Material
 from appliance.controller.nonce import Nonces
 from appliance.controller.rate import Rates
 from appliance.controller.records import SeRecord
 from appliance.controller.registry import Registry
+from appliance.controller.trust import Publication
 from appliance.controller.web import Endpoint, ProblemError, Request
 from appliance.errors import StorageError, TrustError
 from appliance.pki import jws as signatures
 from appliance.pki import ssh_keys
-from appliance.pki.authority import Authority
 from appliance.protocol import enroll as said
 from appliance.protocol import jws, seed, strict_json
 from appliance.protocol.address import se_address
-from appliance.protocol.enroll import Decision, EnrollRequest, Grant, NonceAnswer, Pending, RefreshRequest, Refusals
+from appliance.protocol.enroll import (
+    Decision,
+    EnrollRequest,
+    Grant,
+    Hook,
+    NonceAnswer,
+    Pending,
+    RefreshRequest,
+    Refusals,
+)
 from appliance.protocol.strict_json import MalformedError
 from appliance.protocol.trust import RECEIPT_TYPE, Receipt
 from appliance.protocol.why import Step, StepResult
@@ -36,7 +47,9 @@ _log = logging.getLogger(__name__)
 
 MAX_HOST_KEYS = 4
 MAX_MACS = 32
-PENDING_RETRY_S = 10
+PENDING_RETRY_S, PENDING_RETRY_MOST_S = 10, 60
+PENDING_ASK_PER_S = 20
+"""At most about so many waiting SEs ask in a second."""
 
 
 class EnrollApi:
@@ -48,10 +61,13 @@ class EnrollApi:
         events: Events,
         attempts: Attempts,
         *,
+        admission: Admission,
+        hook: EnrollHook,
+        on_replaced: Callable[[SeRecord], None],
         cluster_id: str,
         epoch: int,
-        authority: Authority,
-        trust: TrustSource,
+        material: Material,
+        trust: Publication,
         nonces: Nonces,
         rates: Rates,
         interval_s: Callable[[], float],
@@ -59,12 +75,16 @@ class EnrollApi:
         wall: Callable[[], float],
         monotonic: Callable[[], float],
     ) -> None:
+        """`on_replaced` is told of an SE whose key a new one replaced: what the old one holds must end."""
         self._registry = registry
+        self._admission = admission
+        self._hook = hook
+        self._on_replaced = on_replaced
         self._events = events
         self._attempts = attempts
         self._cluster_id = cluster_id
         self._epoch = epoch
-        self._authority = authority
+        self._material = material
         self._trust = trust
         self._nonces = nonces
         self._rates = rates
@@ -75,6 +95,10 @@ class EnrollApi:
         self.refusals: Counter[str] = Counter()
         """Refusal code to count, since start."""
         self.granted = 0
+
+    def count_granted(self) -> None:
+        """An SE got its first grant."""
+        self.granted += 1
 
     def endpoints(self) -> list[Endpoint]:
         """The table of this front end."""
@@ -88,6 +112,7 @@ class EnrollApi:
                 "POST", said.REFRESH_PATH, self.refresh, "Get the current grant", {200: Grant, 202: Pending}, bytes,
                 errors=errors,
             ),
+            Endpoint("POST", said.REJOIN_PATH, self.rejoin, "Take an SE's place", {201: Grant}, bytes, errors=errors),
         ]  # fmt: skip
 
     # Refusing.
@@ -110,7 +135,7 @@ class EnrollApi:
         if not self._rates.allow(request.state.source, self._monotonic()):
             raise self._refusal(request, Refusals.RATE, step=step)
 
-    # The three requests.
+    # The four requests.
 
     async def nonce(self, request: Request, _body: None) -> NonceAnswer:
         """A nonce and the controller's time."""
@@ -148,22 +173,67 @@ class EnrollApi:
         if not signatures.verify(by_se, wish.se_key):
             raise self._refusal(request, Refusals.SIGNATURE, "by the SE's key")
         self._check_freshness(request, wish.audience, wish.nonce)
+        outcome = await self._decided(request, wish, thumbprint, image_key.image_key_id)
+        if outcome.verdict.decision is Decision.ASK_HOOK:
+            if self._hook.is_busy:
+                raise self._refusal(request, Refusals.UNAVAILABLE, "the enroll hook is busy", said_id=wish.se_id)
+            word = await self._hook.ask(_facts(wish, thumbprint, image_key.image_key_id, request.state.source))
+            outcome = await self._decided(request, wish, thumbprint, image_key.image_key_id, hook=word)
+        record = self._accepted(request, wish, outcome)
+        return self._answer(request, record, wish.attempt_id, 201, again=not outcome.is_new)
+
+    async def rejoin(self, request: Request, raw: bytes) -> tuple[int, Grant]:
+        """A new key for an SE that lost its state: a rejoin token stands in for the image key."""
+        self._limit(request, Step.GRANT)
+        if not self._may_store():
+            raise self._refusal(request, Refusals.UNAVAILABLE, "the disk is nearly full")
         try:
-            outcome = await self._registry.enroll(
-                wish, thumbprint=thumbprint, image_key_id=image_key.image_key_id, source=request.state.source
+            signed = jws.parse(raw, types=("se",))
+            wish = strict_json.decode(signed.payload, EnrollRequest, max_bytes=said.MAX_REQUEST_BYTES)
+            check_request(wish)
+        except MalformedError as error:
+            raise self._refusal(request, Refusals.MALFORMED, error.message) from None
+        (by_se,) = signed.signatures
+        thumbprint = ssh_keys.fingerprint(wish.se_key)
+        if by_se.header.kid != thumbprint:
+            raise self._refusal(request, Refusals.MALFORMED, "the kid is not the fingerprint of the SE's key")
+        if not signatures.verify(by_se, wish.se_key):
+            raise self._refusal(request, Refusals.SIGNATURE, "by the SE's key")
+        self._check_freshness(request, wish.audience, wish.nonce)
+        try:
+            outcome = await self._admission.rejoin(wish, thumbprint=thumbprint, source=request.state.source)
+        except StorageError as error:
+            raise self._not_stored(request, wish, error) from None
+        record = self._accepted(request, wish, outcome)
+        if outcome.is_new:
+            self._on_replaced(record)
+            text = f"{record.name} (number {record.number}) came back from {record.source} with a new key: {thumbprint}"
+            self._events.emit("enroll", "enroll.rejoined", record.se_id, text)
+        return 201, self._granted(request, record, wish.attempt_id, f"number {record.number} for a new key")
+
+    async def _decided(
+        self, request: Request, wish: EnrollRequest, thumbprint: str, image_key_id: str, *, hook: Hook | None = None
+    ) -> Enrolled:
+        try:
+            return await self._admission.enroll(
+                wish, thumbprint=thumbprint, image_key_id=image_key_id, source=request.state.source, hook=hook
             )
         except StorageError as error:
-            _log.error("could not store an enrollment: %s", error.message, extra={"stage": "enroll"})
-            raise self._refusal(request, Refusals.UNAVAILABLE, error.message, said_id=wish.se_id) from None
-        record = outcome.record
-        if record is None:
-            refusal = outcome.verdict.refusal or Refusals.MALFORMED
-            if refusal in {Refusals.CONFLICT, Refusals.CLONED_KEY}:
-                text = f"refused {wish.se_id} from {request.state.source}: {refusal.value.title}"
-                self._events.emit("enroll", "enroll.refused", wish.se_id, text)
-            raise self._refusal(request, refusal, said_id=wish.se_id)
-        again = outcome.verdict.decision is not Decision.GRANT_NEW
-        return self._answer(request, record, wish.attempt_id, 201, again=again)
+            raise self._not_stored(request, wish, error) from None
+
+    def _not_stored(self, request: Request, wish: EnrollRequest, error: StorageError) -> ProblemError:
+        _log.error("could not store an enrollment: %s", error.message, extra={"stage": "enroll"})
+        return self._refusal(request, Refusals.UNAVAILABLE, error.message, said_id=wish.se_id)
+
+    def _accepted(self, request: Request, wish: EnrollRequest, outcome: Enrolled) -> SeRecord:
+        """Returns the record to answer with. Raises the refusal where there is none."""
+        if outcome.record is not None:
+            return outcome.record
+        refusal = outcome.verdict.refusal or Refusals.MALFORMED
+        if refusal in {Refusals.CONFLICT, Refusals.CLONED_KEY}:
+            text = f"refused {wish.se_id} from {request.state.source}: {refusal.value.title}"
+            self._events.emit("enroll", "enroll.refused", wish.se_id, text)
+        raise self._refusal(request, refusal, said_id=wish.se_id)
 
     async def refresh(self, request: Request, raw: bytes) -> tuple[int, Grant | Pending]:
         """The current grant, for an SE that is enrolled already: its own key is enough."""
@@ -202,18 +272,27 @@ class EnrollApi:
             text = f"waits for approval, fingerprint {record.thumbprint}"
             self._attempts.note(
                 source, Step.GRANT, StepResult.WAITING, at=self._wall(), attempt_id=attempt_id, se_id=record.se_id,
-                text=text, hint="an operator must approve this SE",
+                text=text, hint=f"compare it with the VM's console, then: appliance se approve {record.number}",
             )  # fmt: skip
-            return 202, Pending(se_id=record.se_id, fingerprint=record.thumbprint, retry_after_s=PENDING_RETRY_S)
-        self._attempts.note(
-            source, Step.GRANT, StepResult.OK, at=self._wall(), attempt_id=attempt_id, se_id=record.se_id,
-            text="the same grant again" if again else f"number {record.number} granted",
-        )  # fmt: skip
+            if not again:
+                text = f"{record.name} (number {record.number}) from {source} waits for approval: {record.thumbprint}"
+                self._events.emit("enroll", "enroll.pending", record.se_id, text)
+            waiting = sum(1 for entry in self._registry.ses() if entry.status is said.SeStatus.PENDING)
+            retry_s = min(max(PENDING_RETRY_S, waiting // PENDING_ASK_PER_S), PENDING_RETRY_MOST_S)
+            return 202, Pending(se_id=record.se_id, fingerprint=record.thumbprint, retry_after_s=retry_s)
         if not again:
-            self.granted += 1
+            self.count_granted()
             text = f"{record.name} enrolled as number {record.number} from {source}, image key {record.image_key_id}"
             self._events.emit("enroll", "enroll.granted", record.se_id, text)
-        return status, self.grant(record)
+        text = "the same grant again" if again else f"number {record.number} granted"
+        return status, self._granted(request, record, attempt_id, text)
+
+    def _granted(self, request: Request, record: SeRecord, attempt_id: str, text: str) -> Grant:
+        self._attempts.note(
+            request.state.source, Step.GRANT, StepResult.OK, at=self._wall(), attempt_id=attempt_id,
+            se_id=record.se_id, text=text,
+        )  # fmt: skip
+        return self.grant(record)
 
     def grant(self, record: SeRecord) -> Grant:
         """An SE's grant as it stands now, with a receipt signed for it."""
@@ -233,9 +312,22 @@ class EnrollApi:
             number=record.number,
             address=se_address(record.number),
             trust=self._trust.envelope,
-            receipt=self._authority.sign(RECEIPT_TYPE, strict_json.encode(receipt)),
+            receipt=self._material.authority.sign(RECEIPT_TYPE, strict_json.encode(receipt)),
             heartbeat_interval_s=self._interval_s(),
         )
+
+
+def _facts(wish: EnrollRequest, thumbprint: str, image_key_id: str, source: str) -> Facts:
+    return Facts(
+        se_id=wish.se_id,
+        fingerprint=thumbprint,
+        image_key_id=image_key_id,
+        source=source,
+        name=wish.hints.name,
+        labels=wish.hints.labels,
+        facts=wish.facts,
+        agent_version=wish.agent_version,
+    )
 
 
 def _attempt(request: Request) -> str:

@@ -308,6 +308,22 @@ class Fleet:
         self.look(record.se_id)
         return len(links)
 
+    def replaced(self, record: SeRecord) -> None:
+        """A new key took an SE's place: links that the old one opened end."""
+        links = self.quarantined(record.se_id)
+        if (link := self._links.get(record.se_id)) is not None:
+            links.append(link)
+        for entry in links:
+            entry.close(Reason.LINK_LOST, "the SE came back with a new key")
+        self.look(record.se_id)
+
+    def forget(self, se_id: str) -> None:
+        """An SE is no more, not even as a tombstone."""
+        self._memo.pop(se_id, None)
+        self._lost.pop(se_id, None)
+        self._last_heartbeat.pop(se_id, None)
+        self.history.drop(se_id)
+
     def close_all(self, text: str) -> None:
         """Closes every link, for a stop."""
         for link in [*self._links.values(), *(entry for held in self._quarantined.values() for entry in held)]:

@@ -71,17 +71,27 @@ class Link:
         "skew_s",
         "source",
         "spool_bytes",
+        "thumbprint",
         "ticket",
         "trust_version",
         "was_rtt_high",
     )
 
     def __init__(
-        self, conn: asyncssh.SSHServerConnection, *, link_id: int, se_id: str, source: str, now: float
+        self,
+        conn: asyncssh.SSHServerConnection,
+        *,
+        link_id: int,
+        se_id: str,
+        thumbprint: str,
+        source: str,
+        now: float,
     ) -> None:
         self.conn = conn
         self.link_id = link_id
         self.se_id = se_id
+        self.thumbprint = thumbprint
+        """Of the key that logged in: a new one may have taken its place since."""
         self.source = source
         self.opened_at = now
         self.last_seen = now

@@ -23,7 +23,7 @@ from appliance.controller.records import ImageKeyRecord, SeRecord
 from appliance.controller.registry import Registry
 from appliance.controller.web import Endpoint, ProblemError, Request, simple_problem
 from appliance.errors import ApplianceError, NotFoundError, UsageError
-from appliance.protocol.enroll import Policy, SeStatus
+from appliance.protocol.enroll import Policy, Refusals, SeStatus
 from appliance.protocol.fleet import SeSummary
 from appliance.protocol.operator import (
     AuditEntry,
@@ -46,7 +46,6 @@ MAX_WAIT_S = 60.0
 MAX_AUDIT_PAGE = 10_000
 MAX_NUMBER = 2.0**53
 """Of query parameters; also keeps `nan` and `inf` out, which Python reads as numbers."""
-EXPIRY_WARNING_S = 30 * 86400
 
 
 def _found(error: ApplianceError, status: int) -> ProblemError:
@@ -79,8 +78,10 @@ class OperatorApi:
         refusals: Callable[[], Counter[str]],
         problems: Callable[[], list[str]],
         drain: Callable[[], None],
+        has_hook: bool,
         wall: Callable[[], float],
     ) -> None:
+        """`has_hook` tells whether the setting `enroll_hook` names a program."""
         self._material = material
         self._registry = registry
         self._fleet = fleet
@@ -90,6 +91,7 @@ class OperatorApi:
         self._refusals = refusals
         self._problems = problems
         self._drain = drain
+        self._has_hook = has_hook
         self._wall = wall
 
     def endpoints(self) -> list[Endpoint]:
@@ -100,8 +102,6 @@ class OperatorApi:
             Endpoint("GET", "/v1/status", self.status, "The fleet in one look", {200: StatusView}),
             Endpoint("GET", "/v1/ses", self.ses, "All SEs", {200: list[SeSummary]}),
             Endpoint("GET", "/v1/ses/{se}", self.se, "One SE", {200: SeDetail}, errors=no),
-            Endpoint("POST", "/v1/ses/{se}/revoke", self.revoke, "Revoke an SE", {200: SeDetail}, Reasoned, errors=no),
-            Endpoint("POST", "/v1/ses/{se}/delete", self.delete, "Delete an SE", {200: SeDetail}, Reasoned, errors=no),
             Endpoint(
                 "GET", "/v1/ses/{se}/telemetry", self.telemetry, "Recent samples", {200: list[Sample]},
                 query=("since",), errors=no,
@@ -159,25 +159,6 @@ class OperatorApi:
         """One SE."""
         return self._fleet.detail(self._se(request))
 
-    async def _end(self, request: Request, body: Reasoned, status: SeStatus, event: str) -> SeDetail:
-        record = self._se(request)
-        if record.status not in {status, SeStatus.DELETED}:
-            record = await self._registry.set_status(
-                record.se_id, status, actor=request.state.actor, reason=body.reason
-            )
-            closed = self._fleet.close_se(record, f"{status.value} by an operator")
-            text = f"{record.name} was {status.value}; {closed} links closed"
-            self._events.emit("enroll", event, record.se_id, text)
-        return self._fleet.detail(record)
-
-    async def revoke(self, request: Request, body: Reasoned) -> SeDetail:
-        """Revokes an SE: its links close at once and it gets no new ones."""
-        return await self._end(request, body, SeStatus.REVOKED, "se.revoked")
-
-    async def delete(self, request: Request, body: Reasoned) -> SeDetail:
-        """Deletes an SE; a tombstone keeps its id, key and number from being used again."""
-        return await self._end(request, body, SeStatus.DELETED, "se.deleted")
-
     async def telemetry(self, request: Request, _body: None) -> list[Sample]:
         """Recent samples, oldest first."""
         return self._fleet.history.recent(self._se(request).se_id, _number(request, "since", 0.0))
@@ -211,24 +192,21 @@ class OperatorApi:
         link = self._fleet.link(record.se_id)
         ok, waiting, failed = StepResult.OK, StepResult.WAITING, StepResult.FAILED
         unseen = StepResult.UNSEEN
-        enrolled = record.status is not SeStatus.PENDING
         steps = [
             Link(step=Step.BOOT, result=unseen, text=f"boot id {record.seen_facts.boot_id or record.facts.boot_id}"),
             Link(step=Step.TLS, result=ok, at=record.enrolled_at, text=f"from {record.source}"),
             Link(step=Step.NONCE, result=ok, at=record.enrolled_at),
-            Link(
-                step=Step.GRANT, result=ok if enrolled else waiting, at=record.enrolled_at,
-                text=f"number {record.number}, image key {record.image_key_id}" if enrolled else derived.text,
-            ),
+            self._grant_link(record, derived.text),
             Link(
                 step=Step.STORED, result=ok if record.confirmed_at else unseen, at=record.confirmed_at,
                 text="the SE confirmed its first hello" if record.confirmed_at else "the SE has not said so yet",
             ),
         ]  # fmt: skip
-        if record.status is not SeStatus.ENROLLED and enrolled:
+        if record.status not in {SeStatus.ENROLLED, SeStatus.PENDING, SeStatus.REJECTED}:
             text = f"{derived.text}: {record.status_reason}" if record.status_reason else derived.text
-            refused = Link(step=Step.LINK, result=failed, at=record.status_at, text=text, code=derived.reason.value)
-            return [*steps, refused]
+            hint = "" if record.status is SeStatus.DELETED else f"appliance se reinstate {record.number}"
+            at, code = record.status_at, derived.reason.value
+            return [*steps, Link(step=Step.LINK, result=failed, at=at, text=text, code=code, hint=hint)]
         if link is None:
             last = seen.get(Step.LINK)
             text, code, hint, at = derived.text, derived.reason.value, "", self._fleet.state(record)[1]
@@ -268,6 +246,18 @@ class OperatorApi:
         text = "its sshd answers with the enrolled host key"
         return [*steps, Link(step=Step.REVERSE, result=ok, at=link.reverse_at, text=text)]
 
+    def _grant_link(self, record: SeRecord, text: str) -> Link:
+        at = record.enrolled_at
+        if record.status is SeStatus.PENDING:
+            text, hint = f"{text}; its key is {record.thumbprint}", f"appliance se approve {record.number}"
+            return Link(step=Step.GRANT, result=StepResult.WAITING, at=at, text=text, hint=hint)
+        if record.status is SeStatus.REJECTED:
+            text = f"{text}: {record.status_reason}" if record.status_reason else text
+            hint, code = f"appliance se reinstate {record.number}", Refusals.REJECTED.value.code
+            return Link(step=Step.GRANT, result=StepResult.FAILED, at=record.status_at, text=text, code=code, hint=hint)
+        text = f"number {record.number}, image key {record.image_key_id}"
+        return Link(step=Step.GRANT, result=StepResult.OK, at=at, text=text)
+
     # Image keys.
 
     def _key_view(self, record: ImageKeyRecord) -> ImageKeyView:
@@ -276,7 +266,7 @@ class OperatorApi:
             status = "revoked"
         elif self._wall() >= record.expires_at:
             status = "expired"
-        elif record.uses >= record.max_uses:
+        elif not record.is_active(self._wall()):
             status = "used-up"
         return ImageKeyView(
             image_key_id=record.image_key_id,
@@ -297,8 +287,8 @@ class OperatorApi:
     async def create_image_key(self, request: Request, wish: ImageKeyTermsWish) -> ImageKeyCreated:
         """Makes an image key; its private half is in the answer and nowhere else."""
         faults = []
-        if wish.policy is not Policy.OPEN:
-            faults.append(f"policy {wish.policy.value!r}: only 'open' is carried out by this version")
+        if wish.policy is Policy.HOOK and not self._has_hook:
+            faults.append("policy 'hook': the setting controller.enroll_hook names no program")
         if not 60 <= wish.expires_in_s <= 10 * 366 * 86400:
             faults.append(f"expires_in_s {wish.expires_in_s}: from a minute to ten years expected")
         if not 1 <= wish.max_uses <= 1_000_000:

@@ -5,6 +5,7 @@ key/<thumbprint>      se_id: which SE a key belongs to
 number/<number>       se_id, number zero-padded so that a range is in order
 number-next           the next SE number; only ever grows
 image-key/<id>        ImageKeyRecord
+token/<digest>        TokenRecord
 nonce/<nonce>         "", leased until the nonce would be stale anyway
 audit/<node>/<seq>    AuditEntry
 audit-head/<node>     hash of the newest entry
@@ -17,7 +18,8 @@ from typing import TypeVar
 import msgspec
 
 from appliance.errors import StoreError
-from appliance.protocol.enroll import InstanceFacts, Known, Policy, SeStatus
+from appliance.protocol.enroll import ImageKeyTerms, InstanceFacts, Known, Policy, SeStatus
+from appliance.protocol.token import TokenTerms
 from appliance.protocol.tunnel import Tickets
 
 T = TypeVar("T")
@@ -27,6 +29,7 @@ KEY_PREFIX = "key/"
 NUMBER_PREFIX = "number/"
 NUMBER_NEXT = "number-next"
 IMAGE_KEY_PREFIX = "image-key/"
+TOKEN_PREFIX = "token/"  # noqa: S105 - where they are kept
 NONCE_PREFIX = "nonce/"
 
 
@@ -56,6 +59,13 @@ class SeRecord(msgspec.Struct, frozen=True, kw_only=True):
     ticket_superseded: str = ""
     status_reason: str = ""
     status_at: float = 0.0
+    token: str = ""
+    """Digest of the token it holds or used, "" for none."""
+
+    @property
+    def store_key(self) -> str:
+        """Where it is stored."""
+        return se_key(self.se_id)
 
     @property
     def known(self) -> Known:
@@ -81,6 +91,60 @@ class ImageKeyRecord(msgspec.Struct, frozen=True, kw_only=True):
     networks: tuple[str, ...] = ()
     note: str = ""
     revoked_at: int = 0
+
+    @property
+    def store_key(self) -> str:
+        """Where it is stored."""
+        return image_key_key(self.image_key_id)
+
+    def is_active(self, now: float) -> bool:
+        """Whether somebody may still come by it; `now` is seconds since 1970."""
+        return not self.revoked_at and self.expires_at > now and self.uses < self.max_uses
+
+    @property
+    def terms(self) -> ImageKeyTerms:
+        """What the decision table sees."""
+        return ImageKeyTerms(
+            policy=self.policy,
+            revoked=self.revoked_at > 0,
+            expires_at=self.expires_at,
+            max_uses=self.max_uses,
+            uses=self.uses,
+            networks=self.networks,
+        )
+
+
+class TokenRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One token; its text was seen once, when it was made."""
+
+    digest: str
+    created_at: int
+    expires_at: int
+    image_key_id: str = ""
+    """Which image key it goes with; "" for a rejoin."""
+    rejoin: str = ""
+    """se_id whose place it gives; "" but for a rejoin."""
+    instance_id: str = ""
+    note: str = ""
+    revoked_at: int = 0
+    taken_by: str = ""
+    """se_id that used it, or that holds it while it waits for approval."""
+    taken_at: int = 0
+
+    @property
+    def store_key(self) -> str:
+        """Where it is stored."""
+        return TOKEN_PREFIX + self.digest
+
+    @property
+    def terms(self) -> TokenTerms:
+        """What `protocol.token.judge` sees."""
+        return TokenTerms(
+            self.image_key_id, self.rejoin, self.instance_id, self.expires_at, self.revoked_at > 0, bool(self.taken_by)
+        )
+
+
+Record = SeRecord | ImageKeyRecord | TokenRecord
 
 
 def se_key(se_id: str) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import resource
 import socket
 import stat
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from appliance.paths import Paths
 from appliance.protocol.address import parse_endpoint
 from appliance.runtime import host, systemd
 from appliance.settings import Settings
+
+_log = logging.getLogger(__name__)
 
 LISTEN_BACKLOG = 4096
 
@@ -102,3 +106,12 @@ def open_sockets(paths: Paths, settings: Settings) -> Sockets:
 def port_of(sock: socket.socket) -> int:
     """The TCP port a socket is bound to."""
     return int(sock.getsockname()[1])
+
+
+def raise_descriptor_limit() -> None:
+    """Lets this process open as many files as the system allows it: each link is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:
+        _log.warning("at most %d files may be open, the limit can't be raised: %s", soft, error)

@@ -163,6 +163,7 @@ class Peer(asyncssh.SSHServer):
         self._source = ""
         self._counted = False
         self._se_id = ""
+        self._thumbprint = ""
         self._link: Link | None = None
 
     # Connection and log-in.
@@ -217,7 +218,7 @@ class Peer(asyncssh.SSHServer):
         if record.status is not SeStatus.ENROLLED:
             self._refused_login(f"{record.name} is {record.status.value}", record.se_id)
             return False
-        self._se_id = record.se_id
+        self._se_id, self._thumbprint = record.se_id, record.thumbprint
         return True
 
     def _refused_login(self, text: str, se_id: str = "") -> None:
@@ -231,15 +232,25 @@ class Peer(asyncssh.SSHServer):
         self._no_longer_waiting()
         gateway, conn = self._gateway, self._conn
         record = gateway.fleet.registry.se(self._se_id)
-        # Checked again: the SE may have been revoked while it proved its key.
-        if conn is None or record is None or record.status is not SeStatus.ENROLLED:
+        # Checked again: the SE may have been revoked, or got a new key, while it proved this one.
+        if (
+            conn is None
+            or record is None
+            or record.status is not SeStatus.ENROLLED
+            or record.thumbprint != self._thumbprint
+        ):
             self._refused_login("no longer enrolled", self._se_id)
             if conn is not None:
                 conn.abort()
             return
         conn.set_keepalive(0, 3)
         self._link = Link(
-            conn, link_id=next(gateway.link_ids), se_id=self._se_id, source=self._source, now=gateway.monotonic()
+            conn,
+            link_id=next(gateway.link_ids),
+            se_id=self._se_id,
+            thumbprint=self._thumbprint,
+            source=self._source,
+            now=gateway.monotonic(),
         )
         gateway.links += 1
         gateway.empty.clear()

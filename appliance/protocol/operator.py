@@ -5,10 +5,16 @@
     GET  /v1/ses                             list[SeSummary]          (protocol.fleet)
     GET  /v1/ses/{se}                        SeDetail                 {se}: number, name, se_id or address
     POST /v1/ses/{se}/revoke|delete          SeDetail                 body: Reasoned
+    POST /v1/ses/{se}/approve                SeDetail                 body: Approval
+    POST /v1/ses/{se}/reject|reinstate       SeDetail                 body: Reasoned
+    GET  /v1/pending                         list[PendingView]        SEs that wait for approval, oldest first
     GET  /v1/why/{subject}                   Chain                    (protocol.why) SE, source address or attempt id
     GET  /v1/image-keys                      list[ImageKeyView]
     POST /v1/image-keys                      ImageKeyCreated          body: ImageKeyTermsWish
     POST /v1/image-keys/{id}/revoke          ImageKeyRevoked          body: Reasoned
+    GET  /v1/tokens                          list[TokenView]
+    POST /v1/tokens                          TokenCreated             body: TokenWish
+    POST /v1/tokens/{id}/revoke              TokenView                body: Reasoned
     GET  /v1/events?after=N&wait_s=S         list[Event]              held open up to S seconds where there is none yet
     GET  /v1/audit?after=N&limit=M           list[AuditEntry]
     GET  /v1/audit/verify                    AuditVerdict
@@ -125,6 +131,70 @@ class ImageKeyRevoked(msgspec.Struct, kw_only=True):
 
     key: ImageKeyView
     ses: list[SeSummary]
+
+
+class Approval(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An approval; with a `fingerprint` it holds only while the SE's key has that one."""
+
+    fingerprint: str = ""
+    reason: str = ""
+
+
+class PendingView(msgspec.Struct, kw_only=True):
+    """An SE that waits for approval. Name, labels and facts are its own word."""
+
+    se_id: str
+    number: int
+    name: str
+    fingerprint: str
+    """Of its key; its VM prints the same on its console."""
+    labels: dict[str, str]
+    source: str
+    image_key_id: str
+    policy: Policy
+    token_id: str
+    """Of a good token that it brought, "" where it brought none."""
+    asked_at: float
+    lapses_at: float
+    facts: InstanceFacts
+
+
+class TokenWish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Terms of a new token."""
+
+    image_key_id: str = ""
+    """"" takes the one active image key of the policy `token`."""
+    rejoin: str = ""
+    """The SE whose place it gives: number, name, se_id, address or fingerprint."""
+    instance_id: str = ""
+    """The one instance-id that may bring it."""
+    expires_in_s: int = 86400
+    note: str = ""
+
+
+class TokenView(msgspec.Struct, kw_only=True):
+    """A token as stored; its text is not."""
+
+    token_id: str
+    status: str
+    """`good`, `taken` (its SE waits for approval), `used`, `expired` or `revoked`."""
+    image_key_id: str
+    rejoin: str
+    """se_id whose place it gives, "" where it goes with an image key."""
+    instance_id: str
+    created_at: int
+    expires_at: int
+    taken_by: str
+    """se_id of who brought it."""
+    taken_at: int
+    note: str
+
+
+class TokenCreated(msgspec.Struct, kw_only=True):
+    """The one time that a token's text is seen."""
+
+    token: str
+    view: TokenView
 
 
 class Event(msgspec.Struct, kw_only=True):

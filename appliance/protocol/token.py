@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import enum
 import hashlib
-import secrets
-import uuid
 from typing import NamedTuple
 
 from appliance.errors import UsageError
 from appliance.protocol import jws
-from appliance.protocol.enroll import Refusals
+from appliance.protocol.enroll import Refusals, is_se_id
 from appliance.protocol.strict_json import MalformedError
 
 RANDOM_BYTES = 32
@@ -55,11 +53,10 @@ class TokenTerms(NamedTuple):
     """Used, or reserved by a request that waits for approval."""
 
 
-def create(*, rejoin: str = "") -> str:
-    """Returns a new token, for the SE `rejoin` where one is named."""
-    secret = secrets.token_bytes(RANDOM_BYTES)
+def compose(secret: bytes, *, rejoin: str = "") -> str:
+    """Returns the token of `RANDOM_BYTES` random bytes, for the se_id `rejoin` where one is named."""
     if rejoin:
-        return f"{Kind.REJOIN.value}-{jws.encode_part(uuid.UUID(rejoin).bytes + secret)}"
+        return f"{Kind.REJOIN.value}-{jws.encode_part(bytes.fromhex(rejoin.replace('-', '')) + secret)}"
     return f"{Kind.ENROLL.value}-{jws.encode_part(secret)}"
 
 
@@ -77,7 +74,13 @@ def parse(text: str) -> Token:
     head, secret = raw[:-RANDOM_BYTES], raw[-RANDOM_BYTES:]
     if len(secret) != RANDOM_BYTES or len(head) != (16 if kind is Kind.REJOIN else 0):
         raise _no_token()
-    return Token(kind, str(uuid.UUID(bytes=head)) if head else "")
+    if kind is Kind.ENROLL:
+        return Token(kind, "")
+    digits = head.hex()
+    se_id = "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+    if not is_se_id(se_id):
+        raise _no_token()
+    return Token(kind, se_id)
 
 
 def _no_token() -> UsageError:

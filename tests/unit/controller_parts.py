@@ -9,9 +9,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, 
 from pathlib import Path
 from typing import Any
 
+from appliance.controller.admission import Admission, Enrolled
 from appliance.controller.audit import Audit
 from appliance.controller.records import ImageKeyRecord
-from appliance.controller.registry import Enrolled, Registry
+from appliance.controller.registry import Registry
 from appliance.controller.store.port import Compare, Entry, Event, Op, Store, TxnResult
 from appliance.controller.store.sqlite import SqliteStore
 from appliance.errors import StoreError
@@ -22,6 +23,7 @@ from appliance.protocol.operator import ImageKeyTermsWish
 from appliance.protocol.seed import Hints
 
 NOW = 1_800_000_000.0
+PENDING_LIFE_S = 3600.0
 
 
 class HandClock:
@@ -117,6 +119,11 @@ class Book:
         self.store = FaultyStore(SqliteStore.open(path, clock=self.clock))
         self.registry = self.another()
 
+    @property
+    def admission(self) -> Admission:
+        """The door of the registry as it is now."""
+        return Admission(self.registry, pending_life_s=PENDING_LIFE_S, wall=self.clock.now)
+
     def another(self) -> Registry:
         """A second registry on the same store: what a restart would see."""
         audit = Audit(self.store, cluster_id="c-1", node=1, epoch=1)
@@ -130,7 +137,7 @@ class Book:
         self, key: ImageKeyRecord, wish: EnrollRequest | None = None, source: str = "192.0.2.1"
     ) -> Enrolled:
         wish = wish or request()
-        return await self.registry.enroll(
+        return await self.admission.enroll(
             wish, thumbprint=ssh_keys.fingerprint(wish.se_key), image_key_id=key.image_key_id, source=source
         )
 

@@ -20,9 +20,9 @@ from appliance.controller.fleet import SWEEP_S, Fleet, ping
 from appliance.controller.link import Link
 from appliance.controller.records import SeRecord
 from appliance.controller.telemetry import History
-from appliance.protocol.enroll import SeStatus
 from appliance.protocol.fleet import Reason, State
 from appliance.protocol.seed import Hints
+from appliance.protocol.standing import Act
 from appliance.protocol.tunnel import DEADLINE_S, LARGE_FLEET
 
 INTERVAL_S = 5.0
@@ -93,9 +93,10 @@ class Stand:
 
     def link(self, se_id: str, behaviour: str = "answers", source: str = "192.0.2.1") -> tuple[Link, Conn]:
         conn = Conn(behaviour)
+        record = self.book.registry.se(se_id)
         link = Link(
-            cast("asyncssh.SSHServerConnection", conn), link_id=next(_ids), se_id=se_id, source=source,
-            now=self.clock.monotonic(),
+            cast("asyncssh.SSHServerConnection", conn), link_id=next(_ids), se_id=se_id,
+            thumbprint=record.thumbprint if record else "", source=source, now=self.clock.monotonic(),
         )  # fmt: skip
         conn.on_close = lambda: self.fleet.lost(link)
         return link, conn
@@ -329,15 +330,15 @@ def test_an_se_that_came_back_with_an_older_ticket_says_so(tmp_path: Path) -> No
     run(tmp_path, act)
 
 
-@pytest.mark.parametrize("status", [SeStatus.REVOKED, SeStatus.DELETED])
-def test_ending_an_se_closes_all_its_links(tmp_path: Path, status: SeStatus) -> None:
+@pytest.mark.parametrize("doing", [Act.REVOKE, Act.DELETE])
+def test_ending_an_se_closes_all_its_links(tmp_path: Path, doing: Act) -> None:
     async def act(stand: Stand) -> None:
         record, other = await stand.se(), await stand.se()
         (_, one), (copy, two), (_, third) = (
             stand.up(record.se_id), stand.link(record.se_id), stand.up(other.se_id)
         )  # fmt: skip
         stand.fleet.quarantine(copy)
-        ended = await stand.book.registry.set_status(record.se_id, status, actor="a", reason="r")
+        ended, _ = await stand.book.admission.act(record.se_id, doing, actor="a", reason="r")
         assert stand.fleet.close_se(ended, "ended by an operator") == 2
         assert one.is_closed()
         assert two.is_closed()

@@ -58,7 +58,9 @@ class Conn:
 
 def made() -> tuple[Link, Conn]:
     conn = Conn()
-    return Link(cast("asyncssh.SSHServerConnection", conn), link_id=1, se_id="s", source="192.0.2.1", now=5.0), conn
+    return Link(
+        cast("asyncssh.SSHServerConnection", conn), link_id=1, se_id="s", thumbprint="k", source="192.0.2.1", now=5.0
+    ), conn
 
 
 def test_a_fresh_link_has_nothing_to_show() -> None:

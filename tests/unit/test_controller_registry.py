@@ -17,6 +17,7 @@ from appliance.controller.registry import Registry, drift
 from appliance.controller.store.port import Put
 from appliance.errors import NotFoundError, StoreError, UsageError
 from appliance.pki import ssh_keys
+from appliance.protocol import standing
 from appliance.protocol.enroll import NONCE_LIFE_S, Decision, InstanceFacts, Policy, Refusals, SeStatus
 from appliance.protocol.seed import Hints
 
@@ -46,7 +47,7 @@ def known(registry: Registry) -> tuple[object, ...]:
         dict(registry._by_key),
         dict(registry._by_number),
         dict(registry._image_keys),
-        registry._next_number,
+        registry.next_number,
         registry.audit.head,
         registry.audit.count,
     )
@@ -59,7 +60,7 @@ async def agrees(found: Book) -> None:
     assert known(found.registry) == known(fresh)
     assert (await fresh.audit.verify()).intact
     numbers = [record.number for record, _ in fresh._ses.values()]
-    assert sorted(numbers) == list(range(1, fresh._next_number))
+    assert sorted(numbers) == list(range(1, fresh.next_number))
     for key in fresh.image_keys():
         assert key.uses == sum(1 for record, _ in fresh._ses.values() if record.image_key_id == key.image_key_id)
 
@@ -105,7 +106,7 @@ CHANGES: dict[str, Callable[[Book, ImageKeyRecord, SeRecord], Awaitable[Any]]] =
     "audited": lambda found, key, se: found.registry.update_audited(
         se, msgspec.structs.replace(se, confirmed_at=NOW), actor="a", action="enroll.spent"
     ),
-    "status": lambda found, key, se: found.registry.set_status(se.se_id, SeStatus.REVOKED, actor="a", reason="r"),
+    "status": lambda found, key, se: found.admission.act(se.se_id, standing.Act.REVOKE, actor="a", reason="r"),
     "note": lambda found, key, se: found.registry.note(actor="a", action="x", subject="s"),
     "create key": lambda found, key, se: found.image_key(),
     "revoke key": lambda found, key, se: found.registry.revoke_image_key(key.image_key_id, actor="a", reason="r"),
@@ -155,7 +156,7 @@ def test_a_store_that_fails_while_it_is_read_anew_is_read_again(tmp_path: Path) 
         se = await enrolled(found, key)
         found.store.fail = ["after"]
         with pytest.raises(StoreError):
-            await found.registry.set_status(se.se_id, SeStatus.REVOKED, actor="a", reason="r")
+            await found.admission.act(se.se_id, standing.Act.REVOKE, actor="a", reason="r")
         working, calls = found.store.range, []
 
         async def failing(prefix: str, **more: Any) -> Any:
@@ -184,7 +185,7 @@ def test_numbers_are_never_given_twice(tmp_path: Path) -> None:
         assert sum(isinstance(one, StoreError) for one in failed) == 4
         se = outcomes[7].record
         assert se is not None
-        await found.registry.set_status(se.se_id, SeStatus.DELETED, actor="a", reason="")
+        await found.admission.act(se.se_id, standing.Act.DELETE, actor="a", reason="")
         newest = await enrolled(found, key)
         given = [one.record.number for one in (*outcomes, *failed) if not isinstance(one, BaseException) and one.record]
         assert len(set(given)) == len(given) == 24
@@ -275,12 +276,12 @@ def test_a_revoke_is_not_undone_by_who_was_waiting_behind_it(tmp_path: Path) -> 
         se = await enrolled(found, key)
         confirmed = msgspec.structs.replace(se, confirmed_at=NOW, ticket="t-1")
         found.store.gate = asyncio.Event()
-        revoke = asyncio.create_task(found.registry.set_status(se.se_id, SeStatus.REVOKED, actor="a", reason="r"))
+        revoke = asyncio.create_task(found.admission.act(se.se_id, standing.Act.REVOKE, actor="a", reason="r"))
         await asyncio.sleep(0)
         late = asyncio.create_task(found.registry.update_audited(se, confirmed, actor="se", action="enroll.spent"))
         await asyncio.sleep(0)
         found.store.gate.set()
-        assert (await revoke).status is SeStatus.REVOKED
+        assert (await revoke).record.status is SeStatus.REVOKED
         with pytest.raises(StoreError, match="changed meanwhile") as caught:
             await late
         assert caught.value.retryable
@@ -299,7 +300,7 @@ def test_a_revoke_whose_answer_was_lost_is_not_undone(tmp_path: Path) -> None:
         se = await enrolled(found, key)
         found.store.fail = ["after"]
         with pytest.raises(StoreError):
-            await found.registry.set_status(se.se_id, SeStatus.REVOKED, actor="a", reason="r")
+            await found.admission.act(se.se_id, standing.Act.REVOKE, actor="a", reason="r")
         with pytest.raises(StoreError, match="changed meanwhile"):
             await found.registry.update_se(se, msgspec.structs.replace(se, ticket="t-1"))
         now = found.registry.se(se.se_id)
@@ -327,10 +328,12 @@ def test_a_deleted_se_stays_deleted(tmp_path: Path) -> None:
     async def act(found: Book, key: ImageKeyRecord) -> None:
         se = await enrolled(found, key)
         registry = found.registry
-        await asyncio.gather(
-            registry.set_status(se.se_id, SeStatus.DELETED, actor="a", reason="gone"),
-            registry.set_status(se.se_id, SeStatus.REVOKED, actor="b", reason="bad"),
+        _, refused = await asyncio.gather(
+            found.admission.act(se.se_id, standing.Act.DELETE, actor="a", reason="gone"),
+            found.admission.act(se.se_id, standing.Act.REVOKE, actor="b", reason="bad"),
+            return_exceptions=True,
         )
+        assert isinstance(refused, UsageError)
         now = registry.se(se.se_id)
         assert now is not None
         assert (now.status, now.status_reason) == (SeStatus.DELETED, "gone")
@@ -424,7 +427,7 @@ def test_an_ambiguous_name_asks_for_a_number(tmp_path: Path) -> None:
             found.registry.find("twin")
         assert "1, 2, 3" in caught.value.hint
         for record in records_[:2]:
-            await found.registry.set_status(record.se_id, SeStatus.DELETED, actor="a", reason="")
+            await found.admission.act(record.se_id, standing.Act.DELETE, actor="a", reason="")
         assert found.registry.find("twin").number == 3
         assert found.registry.find("1").status is SeStatus.DELETED
 

@@ -1,0 +1,48 @@
+"""What an operator should look at, one sentence each; empty where all is well. Pure but for what it is given to ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from appliance.controller.fleet import Fleet
+from appliance.controller.registry import Registry
+from appliance.protocol.enroll import SeStatus
+
+EXPIRY_WARNING_S = 30 * 86400
+
+
+def find(
+    registry: Registry,
+    fleet: Fleet,
+    *,
+    expiries: Mapping[str, float],
+    short_of_bytes: int,
+    clock_is_synchronised: bool,
+    now: float,
+) -> Iterator[str]:
+    """Yields the problems.
+
+    Args:
+        registry: whose image keys and waiting SEs count.
+        fleet: whose copies in quarantine count.
+        expiries: what expires when, seconds since 1970.
+        short_of_bytes: the disk reserve where it is touched, else 0.
+        clock_is_synchronised: as the kernel says.
+        now: seconds since 1970.
+    """
+    if short_of_bytes:
+        yield f"less than {short_of_bytes >> 20} MiB of disk are free: enrollments are refused"
+    if not clock_is_synchronised:
+        yield "the clock isn't synchronised"
+    for what, expires_at in expiries.items():
+        if expires_at - now < EXPIRY_WARNING_S:
+            yield f"the {what} expires in {max(0.0, expires_at - now) / 86400:.0f} days"
+    if not any(key.is_active(now) for key in registry.image_keys()):
+        yield "no image key is active: no new SE can enroll; see `appliance image-key create`"
+    waiting = sum(1 for record in registry.ses() if record.status is SeStatus.PENDING)
+    if waiting:
+        noun = "SE waits" if waiting == 1 else "SEs wait"
+        yield f"{waiting} {noun} for approval; see `appliance se pending`"
+    for record, _ in fleet:
+        if held := fleet.quarantined(record.se_id):
+            yield f"{record.name}: a copy from {held[0].source} is in quarantine"

@@ -24,6 +24,7 @@ import msgspec
 from appliance.errors import ApplianceError, NotFoundError, UnreachableError, UsageError
 from appliance.protocol.fleet import SeSummary
 from appliance.protocol.operator import (
+    Approval,
     AuditEntry,
     AuditVerdict,
     ControllerView,
@@ -34,10 +35,14 @@ from appliance.protocol.operator import (
     ImageKeyRevoked,
     ImageKeyTermsWish,
     ImageKeyView,
+    PendingView,
     Reasoned,
     RotationView,
     SeDetail,
     StatusView,
+    TokenCreated,
+    TokenView,
+    TokenWish,
 )
 from appliance.protocol.problem import Problem
 from appliance.protocol.telemetry import Sample
@@ -84,6 +89,23 @@ class Operator:
         """Closes the SE's links and admits no new one."""
         return self._post(f"/v1/ses/{_part(subject)}/revoke", SeDetail, Reasoned(reason=reason))
 
+    def pending(self) -> list[PendingView]:
+        """SEs that wait for approval, oldest first."""
+        return self._get("/v1/pending", list[PendingView])
+
+    def approve_se(self, subject: str, *, fingerprint: str = "", reason: str = "") -> SeDetail:
+        """Lets an SE in; with a `fingerprint` only where its key has that one."""
+        wish = Approval(fingerprint=fingerprint, reason=reason)
+        return self._post(f"/v1/ses/{_part(subject)}/approve", SeDetail, wish)
+
+    def reject_se(self, subject: str, *, reason: str) -> SeDetail:
+        """Keeps out an SE that waits for approval."""
+        return self._post(f"/v1/ses/{_part(subject)}/reject", SeDetail, Reasoned(reason=reason))
+
+    def reinstate_se(self, subject: str, *, reason: str) -> SeDetail:
+        """Undoes a revocation, rejection or quarantine."""
+        return self._post(f"/v1/ses/{_part(subject)}/reinstate", SeDetail, Reasoned(reason=reason))
+
     def delete_se(self, subject: str, *, reason: str) -> SeDetail:
         """Revokes the SE for good; a tombstone stays."""
         return self._post(f"/v1/ses/{_part(subject)}/delete", SeDetail, Reasoned(reason=reason))
@@ -108,6 +130,18 @@ class Operator:
         """Nobody new comes in by this key; tells who did."""
         return self._post(f"/v1/image-keys/{_part(image_key_id)}/revoke", ImageKeyRevoked, Reasoned(reason=reason))
 
+    def tokens(self) -> list[TokenView]:
+        """All tokens, oldest first."""
+        return self._get("/v1/tokens", list[TokenView])
+
+    def create_token(self, wish: TokenWish) -> TokenCreated:
+        """A new token; the answer is the one time that it is seen."""
+        return self._post("/v1/tokens", TokenCreated, wish)
+
+    def revoke_token(self, token_id: str, *, reason: str) -> TokenView:
+        """Nobody comes in by this token any more."""
+        return self._post(f"/v1/tokens/{_part(token_id)}/revoke", TokenView, Reasoned(reason=reason))
+
     def events(self, *, after: int = 0, wait_s: float = 0.0) -> list[Event]:
         """Events with an id above `after`; held open up to `wait_s` seconds where there is none yet."""
         return self._get("/v1/events", list[Event], after=after, wait_s=wait_s)
@@ -119,6 +153,14 @@ class Operator:
     def verify_audit(self) -> AuditVerdict:
         """What the controller finds when it checks its own chain; reads all of it, so it may take a minute."""
         return self._ask("GET", "/v1/audit/verify", AuditVerdict, deadline_s=max(self._deadline_s, 120.0))
+
+    def release(self, subject: str, *, reason: str) -> SeDetail:
+        """Ends a quarantine: whoever comes back first is the SE."""
+        return self._post(f"/v1/ses/{_part(subject)}/release", SeDetail, Reasoned(reason=reason))
+
+    def rotate_se_key(self, subject: str, *, reason: str) -> SeDetail:
+        """Asks an SE for a new key."""
+        return self._post(f"/v1/ses/{_part(subject)}/rotate-key", SeDetail, Reasoned(reason=reason))
 
     def rotations(self) -> list[RotationView]:
         """Changes of root, host key and log-in key."""

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from appliance.cli import output, quantities
+from appliance.cli import output, quantities, se_admission
 from appliance.cli.context import CliContext, json_option, pass_context, print_json
 from appliance.cli.operator import Operator
 from appliance.cli.output import Cell, Column
+from appliance.cli.se_admission import name as _name
 from appliance.errors import UsageError
 from appliance.protocol.fleet import Reason, SeSummary, State
 from appliance.protocol.operator import SeDetail
@@ -111,7 +112,11 @@ def print_table(console: Console, ses: Sequence[SeSummary], *, now: float) -> No
 
 @click.group("se")
 def command() -> None:
-    """Service engines: list, look at, revoke, delete."""
+    """Service engines: list, look at, approve, revoke, reinstate, delete."""
+
+
+for _command in se_admission.COMMANDS:
+    command.add_command(_command)
 
 
 @command.command("list")
@@ -195,12 +200,43 @@ def show(context: CliContext, se: str) -> None:
 @json_option
 @pass_context
 def revoke(context: CliContext, se: str, reason: str) -> None:
-    """Closes the links of SE at once and admits no new one."""
+    """Closes the links of SE at once and admits no new one; `reinstate` undoes it."""
     detail = Operator(context.paths.controller_socket).revoke_se(se, reason=reason)
     if context.json:
         print_json(detail)
     else:
-        output.say(output.screen(), f"{_name(detail)} is revoked; its links are closed")
+        output.say(output.screen(), f"{_name(detail)} is revoked; its links are closed. `se reinstate` undoes it")
+
+
+@command.command()
+@click.argument("se")
+@click.option("--reason", default="", help="Goes into the audit.")
+@json_option
+@pass_context
+def release(context: CliContext, se: str, reason: str) -> None:
+    """Ends the quarantine of SE's copy: all links with its key close, whoever comes back first is SE.
+
+    Switch the wrong one of the two off first.
+    """
+    detail = Operator(context.paths.controller_socket).release(se, reason=reason)
+    if context.json:
+        print_json(detail)
+    else:
+        output.say(output.screen(), f"{_name(detail)} is released; the first to come back with its key is this SE")
+
+
+@command.command("rotate-key")
+@click.argument("se")
+@click.option("--reason", default="", help="Goes into the audit.")
+@json_option
+@pass_context
+def rotate_key(context: CliContext, se: str, reason: str) -> None:
+    """Has SE make itself a new key; the old one stops working when the new one is known."""
+    detail = Operator(context.paths.controller_socket).rotate_se_key(se, reason=reason)
+    if context.json:
+        print_json(detail)
+    else:
+        output.say(output.screen(), f"{_name(detail)} makes itself a new key with its next heartbeat")
 
 
 @command.command()
@@ -217,18 +253,20 @@ def delete(context: CliContext, se: str, reason: str, yes: bool) -> None:
         if not sys.stdin.isatty():
             raise UsageError(f"{_name(before)} is not deleted without a question", hint="add --yes")
         click.confirm(
-            f"Delete {_name(before)}, {before.summary.state.value}, for good?", abort=True, err=True, default=False
+            f"Delete {_name(before)}, {before.summary.state.value}, for good?",
+            abort=True,
+            err=True,
+            default=False,
         )
     # by se_id: the name may have passed to another SE while the question stood
     detail = operator.delete_se(before.summary.se_id, reason=reason)
     if context.json:
         print_json(detail)
     else:
-        output.say(output.screen(), f"{_name(detail)} is deleted; its VM may enroll anew with fresh state only")
-
-
-def _name(detail: SeDetail) -> str:
-    return output.clean(f"SE {detail.summary.number} ({detail.summary.name})")
+        output.say(
+            output.screen(),
+            f"{_name(detail)} is deleted; its VM may enroll as a new SE: `appliance enroll --anew` there",
+        )
 
 
 @command.command()

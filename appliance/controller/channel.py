@@ -22,8 +22,10 @@ from appliance.controller.link import Link
 from appliance.controller.records import SeRecord
 from appliance.controller.trust import Publication
 from appliance.controller.web import Endpoint, ProblemError, Request, simple_problem
-from appliance.errors import StorageError
-from appliance.protocol import tunnel
+from appliance.errors import ApplianceError, StorageError
+from appliance.pki import ssh_keys
+from appliance.pki.identity import verify
+from appliance.protocol import jws, tunnel
 from appliance.protocol.address import se_address
 from appliance.protocol.enroll import SeStatus
 from appliance.protocol.fleet import Reason
@@ -36,6 +38,8 @@ from appliance.protocol.tunnel import (
     Hello,
     HelloAnswer,
     Newcomer,
+    RotateAnswer,
+    RotateKey,
 )
 from appliance.protocol.why import Step, StepResult
 
@@ -111,6 +115,10 @@ class ChannelApi:
             Endpoint(
                 "POST", tunnel.HEARTBEAT_PATH, self.heartbeat, "Ping, with telemetry", {200: HeartbeatAnswer},
                 Heartbeat, errors=(400, 409),
+            ),
+            Endpoint(
+                "POST", tunnel.ROTATE_PATH, self.rotate_key, "Take the SE's new key", {200: RotateAnswer}, RotateKey,
+                errors=(400, 403, 409),
             ),
         ]  # fmt: skip
 
@@ -242,4 +250,35 @@ class ChannelApi:
             interval_s=self._fleet.interval_s,
             accepted=accepted,
             trust=None if link.quarantined else self._newer_trust(beat.trust_version),
+            rotate_key=not link.quarantined and self._record(link).key_due,
         )
+
+    @_stored
+    async def rotate_key(self, request: Request, wish: RotateKey) -> RotateAnswer:
+        """Puts the SE's new key in the old one's place; says the same again where its answer got lost."""
+        link: Link = request.state.link
+        record = self._record(link)
+        if link.quarantined or not link.confirmed:
+            raise _refuse(409, "TUNNEL-025", "Hello was not confirmed on this link", "Say hello and confirm first.")
+        if wish.se_key == record.se_key:
+            return RotateAnswer(thumbprint=record.thumbprint)
+        if not record.key_due:
+            raise _refuse(409, "TUNNEL-028", "Nobody asked for a new key", "See `appliance se rotate-key`.")
+        try:
+            statement = tunnel.rotation_statement(self._trust.document.cluster_id, record.se_id, wish.se_key)
+            holds = verify(wish.se_key, jws.decode_part(wish.proof), statement)
+            thumbprint = ssh_keys.fingerprint(wish.se_key)
+        except ApplianceError as error:
+            raise _refuse(400, "TUNNEL-029", "The new key is no Ed25519 key", error.message) from None
+        if not holds:
+            raise _refuse(403, "TUNNEL-029", "The proof of the new key does not verify", "Sign with the new key.")
+        registry = self._fleet.registry
+        if registry.is_reserved(thumbprint) or registry.se_by_key(thumbprint) is not None:
+            raise _refuse(403, "TUNNEL-029", "The key already has another role", "Make a new key.")
+        changed = msgspec.structs.replace(record, se_key=wish.se_key, thumbprint=thumbprint, key_due=False)
+        await registry.update_audited(
+            record, changed, actor=f"se {link.source}", action="se.key-rotated",
+            detail=f"key {thumbprint} for {record.thumbprint}",
+        )  # fmt: skip
+        self._fleet.events.emit("tunnel", "se.key-rotated", record.se_id, f"{record.name} has a new key {thumbprint}")
+        return RotateAnswer(thumbprint=thumbprint)

@@ -179,7 +179,7 @@ class Controller:
             "Appliance channel", channel_api.endpoints(), tunnel.MAX_HEADER_BYTES, tunnel.MAX_BODY_BYTES,
             keep_alive_s=900,
         )  # fmt: skip
-        trust_api = TrustApi(self.rotation, self.registry, self.events)
+        trust_api = TrustApi(self.rotation, self.fleet, self.events)
         admission_api = AdmissionApi(
             self.registry,
             self.admission,

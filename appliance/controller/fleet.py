@@ -12,6 +12,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import msgspec
+
 from appliance.controller.events import Events
 from appliance.controller.link import Link
 from appliance.controller.records import SeRecord
@@ -156,6 +158,21 @@ class Fleet:
         """The reverse path was tried; `error` is "" where an SE's own sshd answered."""
         link.reverse_ok, link.reverse_error, link.reverse_at = not error, error, self._wall()
         self.look(link.se_id)
+
+    async def release(self, record: SeRecord, *, actor: str, reason: str) -> int:
+        """Ends a quarantine: all links with this SE's key are closed and its tickets count no more.
+
+        Whoever comes first from now on is the SE; the operator has switched the wrong one off. Returns how many links
+        were closed.
+        """
+        changed = msgspec.structs.replace(record, ticket="", ticket_pending="", ticket_superseded="")
+        await self.registry.update_audited(record, changed, actor=actor, action="se.released", detail=reason)
+        links = self.quarantined(record.se_id)
+        if (link := self._links.get(record.se_id)) is not None:
+            links.append(link)
+        for entry in links:
+            entry.close(Reason.LINK_LOST, "released by an operator: the first to come back is this SE")
+        return len(links)
 
     def lost(self, link: Link) -> None:
         """The connection is gone."""

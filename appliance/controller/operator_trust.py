@@ -1,16 +1,20 @@
-"""The operator API's part about trust: changing root, host key and log-in key."""
+"""The operator API's part about trust: changing root, host key, log-in key and SE keys; ending a quarantine."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
+import msgspec
+
 from appliance.controller.events import Events
-from appliance.controller.registry import Registry
+from appliance.controller.fleet import Fleet
+from appliance.controller.records import SeRecord
 from appliance.controller.rotation import Kind, Rotation
 from appliance.controller.web import Endpoint, ProblemError, Request, simple_problem
-from appliance.errors import UsageError
-from appliance.protocol.operator import Finish, Reasoned, RotationView
+from appliance.errors import NotFoundError, UsageError
+from appliance.protocol.enroll import SeStatus
+from appliance.protocol.operator import Finish, Reasoned, RotationView, SeDetail
 
 
 @contextlib.contextmanager
@@ -25,23 +29,56 @@ def refused() -> Iterator[None]:
 class TrustApi:
     """Answers operators. One loop only."""
 
-    def __init__(self, rotation: Rotation, registry: Registry, events: Events) -> None:
+    def __init__(self, rotation: Rotation, fleet: Fleet, events: Events) -> None:
         self._rotation = rotation
-        self._registry = registry
+        self._fleet = fleet
+        self._registry = fleet.registry
         self._events = events
 
     def endpoints(self) -> list[Endpoint]:
         """The table of this part."""
         no = (400, 404)
         one = {200: RotationView}
+        se = {200: SeDetail}
         path = "/v1/rotations/{kind}"
         return [
             Endpoint("GET", "/v1/rotations", self.rotations, "Changes under way", {200: list[RotationView]}),
             Endpoint("POST", f"{path}/begin", self.begin, "Announce a successor", one, Reasoned, errors=no),
             Endpoint("POST", f"{path}/finish", self.finish, "Let the successor take over", one, Finish, errors=no),
             Endpoint("POST", f"{path}/abort", self.abort, "Take an announcement back", one, Reasoned, errors=no),
+            Endpoint("POST", "/v1/ses/{se}/release", self.release, "End a quarantine", se, Reasoned, errors=(400, 404)),
+            Endpoint("POST", "/v1/ses/{se}/rotate-key", self.rotate_key, "New SE key", se, Reasoned, errors=no),
             Endpoint("POST", f"{path}/forget", self.forget, "Destroy the former root key", one, Reasoned, errors=no),
         ]
+
+    def _se(self, request: Request) -> SeRecord:
+        try:
+            return self._registry.find(request.path_params["se"])
+        except NotFoundError as error:
+            raise ProblemError(simple_problem(404, error.code, error.message, advice=error.hint)) from None
+
+    async def release(self, request: Request, body: Reasoned) -> SeDetail:
+        """Ends a quarantine: whoever comes back first is the SE."""
+        with refused():
+            record = self._se(request)
+        closed = await self._fleet.release(record, actor=request.state.actor, reason=body.reason)
+        self._events.emit("tunnel", "se.released", record.se_id, f"{record.name} was released; {closed} links closed")
+        return self._fleet.detail(self._registry.se(record.se_id) or record)
+
+    async def rotate_key(self, request: Request, body: Reasoned) -> SeDetail:
+        """Asks an SE for a new key of its own; it sends one with its next heartbeat, or when it is back."""
+        with refused():
+            record = self._se(request)
+            if record.status is not SeStatus.ENROLLED:
+                raise UsageError(
+                    f"{record.name} is {record.status.value}", hint="only an enrolled SE has a key to change"
+                )
+        if not record.key_due:
+            changed = msgspec.structs.replace(record, key_due=True)
+            await self._registry.update_audited(
+                record, changed, actor=request.state.actor, action="se.key-due", detail=body.reason
+            )
+        return self._fleet.detail(self._registry.se(record.se_id) or record)
 
     def _kind(self, request: Request) -> Kind:
         try:

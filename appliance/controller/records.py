@@ -6,6 +6,7 @@ number/<number>       se_id, number zero-padded so that a range is in order
 number-next           the next SE number; only ever grows
 image-key/<id>        ImageKeyRecord
 token/<digest>        TokenRecord
+recovery              recovery.RecoveryRecord, after a restore
 nonce/<nonce>         "", leased until the nonce would be stale anyway
 audit/<node>/<seq>    AuditEntry
 audit-head/<node>     hash of the newest entry
@@ -57,10 +58,16 @@ class SeRecord(msgspec.Struct, frozen=True, kw_only=True):
     ticket: str = ""
     ticket_pending: str = ""
     ticket_superseded: str = ""
+    key_due: bool = False
+    """An operator wants this SE to make itself a new key."""
     status_reason: str = ""
     status_at: float = 0.0
     token: str = ""
     """Digest of the token it holds or used, "" for none."""
+    receipt_epoch: int = 0
+    """Of the receipt by which it came back to a restored controller, 0 where it needed none."""
+    receipt_fault: str = ""
+    """Why no list of receipts approves it, "" where nothing is against that."""
 
     @property
     def store_key(self) -> str:

@@ -6,6 +6,7 @@ identity:
     POST /v1/hello       Hello -> HelloAnswer (a link ticket, stored durably by the SE before it confirms)
     POST /v1/confirm     Confirm -> ConfirmAnswer
     POST /v1/heartbeat   Heartbeat -> HeartbeatAnswer
+    POST /v1/rotate-key  RotateKey -> RotateAnswer (only after a heartbeat's answer asked for it)
 
 A link's life on the SE (`advance`):
 
@@ -46,6 +47,7 @@ SERVICE_PORT = 1
 HELLO_PATH = "/v1/hello"
 CONFIRM_PATH = "/v1/confirm"
 HEARTBEAT_PATH = "/v1/heartbeat"
+ROTATE_PATH = "/v1/rotate-key"
 
 MAX_BODY_BYTES = 256 * 1024
 MAX_HEADER_BYTES = 4 * 1024
@@ -53,6 +55,10 @@ MAX_HEADER_BYTES = 4 * 1024
 KEX = ("mlkem768x25519-sha256",)
 KEX_FALLBACK = ("curve25519-sha256", "curve25519-sha256@libssh.org")
 CIPHERS = ("aes128-gcm@openssh.com", "aes256-gcm@openssh.com", "chacha20-poly1305@openssh.com")
+
+UNKNOWN_TICKET = "unknown"
+"""Stands for a current ticket that a restored controller can't know; never handed out."""
+MAX_AUDIT_HEADS = 4
 
 DEADLINE_S = 2.0
 """How long an answer to a ping may take."""
@@ -76,6 +82,8 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     host_keys: list[str]
     links: int = 0
     """How many links this process made before this one: tells a restart from a reconnect."""
+    audit_heads: list[Envelope] = []
+    """The newest of this node, one for each epoch, that the SE keeps as a witness."""
 
 
 class HelloAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -92,6 +100,8 @@ class HelloAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     reverse_port: int
     trust: Envelope | None = None
     """Only where the SE's is older."""
+    audit_head: Envelope | None = None
+    """For the SE to keep (`protocol.audit.AuditHead`)."""
 
 
 class Confirm(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -127,6 +137,30 @@ class HeartbeatAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     interval_s: float
     accepted: int = 0
     trust: Envelope | None = None
+    audit_head: Envelope | None = None
+    """Once a link for each newer one."""
+    rotate_key: bool = False
+    """The SE is to make itself a new key and send it with `RotateKey`."""
+
+
+class RotateKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """An SE's new key, sent over a link that the old one opened. The SE stored it durably before."""
+
+    se_key: str
+    """OpenSSH public key line, ssh-ed25519, no comment."""
+    proof: str
+    """base64url signature by the new key over `rotation_statement`: the SE has its private half."""
+
+
+class RotateAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """From now on only the key with this fingerprint logs in."""
+
+    thumbprint: str
+
+
+def rotation_statement(cluster_id: str, se_id: str, se_key: str) -> bytes:
+    """What the proof of a key rotation signs: good for this cluster, SE and key alone."""
+    return f"appliance rotate-key v1\n{cluster_id}\n{se_id}\n{se_key}".encode()
 
 
 class LinkState(enum.StrEnum):
@@ -195,7 +229,10 @@ class Tickets(NamedTuple):
 
 
 def is_current(tickets: Tickets, ticket: str) -> bool:
-    """Whether `ticket` proves the newest state of this SE. Where none was ever confirmed, none is expected."""
+    """Whether `ticket` proves the newest state of this SE. Where none was ever confirmed, none is expected; where a
+    controller was restored from a backup, the first one that comes counts."""
+    if tickets.current == UNKNOWN_TICKET:
+        return True
     if not tickets.current:
         return ticket in {"", tickets.pending}
     return ticket in {tickets.current, tickets.pending} and ticket != ""

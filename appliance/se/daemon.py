@@ -17,6 +17,8 @@ import sys
 from functools import partial
 from typing import Any
 
+import msgspec
+
 from appliance.errors import ApplianceError
 from appliance.paths import Paths
 from appliance.protocol import why
@@ -29,6 +31,7 @@ from appliance.runtime.stop import StopToken, stop_on_signals
 from appliance.runtime.supervisor import Supervisor
 from appliance.se import identity
 from appliance.se.believed import Beliefs
+from appliance.se.given import GivenFile
 from appliance.se.identity import SeState
 from appliance.settings import Settings
 from appliance.storage.atomic import make_dir
@@ -55,6 +58,10 @@ def run(paths: Paths, settings: Settings) -> int:
         make_dir(paths.run, mode=0o755)
         state = SeState(paths)
         state.load()
+        given = GivenFile(paths.se_state)
+        if (told := given.read()).anew:
+            state.give_up()
+            given.write(msgspec.structs.replace(told, anew=False))
         beliefs = Beliefs(state.trust_document, authorized_keys=state.authorized_keys_path)
         beliefs.load(state.grant.trust if state.grant else None)
         earlier = read_health(paths.health_file)
@@ -95,7 +102,7 @@ def _start_over() -> None:
         environment = {**child.clean_environment(), "PYINSTALLER_RESET_ENVIRONMENT": "1"} | {
             name: value for name, value in os.environ.items() if name.startswith(("NOTIFY_SOCKET", "WATCHDOG_"))
         }
-    _log.info("enrolled; the daemon starts over without what only enrolling needs")
+    _log.info("the daemon starts over: only enrolling needs what enrolling loads")
     _flush_log()
     os.execve(command[0], command, environment)  # noqa: S606 - ourselves, with our own arguments
 
@@ -175,9 +182,12 @@ def _link(
         record = state.require()
         if record.grant is None:
             raise ApplianceError("this SE lost its grant")
+        key, is_next_key = state.login_identity()
         return Caller(
             user=settings.users.se,
-            identity=state.identity,
+            identity=key,
+            is_next_key=is_next_key,
+            keys=state,
             grant=record.grant,
             tickets=state,
             beliefs=beliefs,
@@ -205,8 +215,15 @@ def _link(
     refresh = Refresh(paths, settings.se, state=state, beliefs=beliefs, links=links, clock=clock, tell=health.step)
     beliefs.on_change(links.follow)
     forward = Forward(paths.forward_socket, settings.se.forwards, open_channel=links.open_channel)
-    supervisor = _supervisor(stop, clock)
+    while_this_se = stop.child()
+
+    def watch_console(token: StopToken) -> None:
+        GivenFile(paths.se_state).watch(token)
+        while_this_se.stop("this SE is to be another one")
+
+    supervisor = _supervisor(while_this_se, clock)
     supervisor.add("links", links.run, critical=True)
+    supervisor.add("given", watch_console, critical=True)
     supervisor.add("refresh", refresh.run, critical=False)
     supervisor.add("forward", forward.run, critical=False)
     supervisor.add("telemetry", telemetry.run, critical=False)

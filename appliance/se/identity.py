@@ -47,6 +47,8 @@ class IdentityRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     image_id: str = ""
     """Of the seed that this SE came from; a fact it tells about itself at enroll and in each hello."""
     grant: Grant | None = None
+    next_key: str = ""
+    """The key that takes the place of `key` once the controller knows it; PKCS #8 PEM."""
 
     def __repr__(self) -> str:
         return f"IdentityRecord({self.se_id}, grant={self.grant is not None})"
@@ -87,6 +89,7 @@ class SeState:
         self._record: IdentityRecord | None = None
         self._identity: Identity | None = None
         self._tickets = TicketBook()
+        self._tries_next = False
 
     def load(self) -> None:
         """Reads identity and tickets; what is broken was set aside and counts as missing.
@@ -132,17 +135,62 @@ class SeState:
             raise StateMachineError("this SE has no identity yet")
         return self._identity
 
-    def create(self, *, image_id: str) -> None:
-        """Makes se_id and key and stores them, before any request is made with them. Raises `StorageError`."""
+    def next_identity(self) -> Identity:
+        """Returns the key that is to take this one's place; makes and stores it first where there is none yet."""
+        record = self.require()
+        if not record.next_key:
+            record = msgspec.structs.replace(record, next_key=Identity.create().pkcs8().reveal().decode())
+            self._identity_document.save(record)
+            self._record = record
+        return Identity.from_pkcs8(record.next_key.encode())
+
+    def promote_key(self) -> None:
+        """The controller knows the next key: it is the key from now on, and the old one is gone."""
+        record = self.require()
+        if not record.next_key:
+            return
+        record = msgspec.structs.replace(record, key=record.next_key, next_key="")
+        self._identity_document.save(record)
+        self._record, self._identity = record, Identity.from_pkcs8(record.key.encode())
+        self._tries_next = False
+        self._log.info("this SE has a new key, %s", self._identity.thumbprint)
+
+    def login_identity(self) -> tuple[Identity, bool]:
+        """Returns the key to log in with, and whether it is the next one (see `key_refused`)."""
+        record = self.require()
+        if self._tries_next and record.next_key:
+            return Identity.from_pkcs8(record.next_key.encode()), True
+        return self.identity, False
+
+    def key_refused(self) -> None:
+        """The controller refused the key. Where a power cut left open which of two it knows, the other is tried."""
+        self._tries_next = not self._tries_next
+
+    def create(self, *, image_id: str, se_id: str = "") -> None:
+        """Makes a key and stores it, before any request is made with it. Raises `StorageError`.
+
+        Args:
+            image_id: of the seed.
+            se_id: whose place this SE takes by a rejoin; "" makes a new one.
+        """
+        if self._tickets.tickets:
+            self._save_tickets(TicketBook())  # an earlier identity's
         identity = Identity.create()
         record = IdentityRecord(
-            se_id=str(uuid.uuid4()),
+            se_id=se_id or str(uuid.uuid4()),
             key=identity.pkcs8().reveal().decode(),
             attempt_id=secrets.token_hex(8),
             image_id=image_id,
         )
         self._identity_document.save(record)
         self._record, self._identity = record, identity
+
+    def give_up(self) -> None:
+        """Sets the identity aside, grant and all: an operator wants another one. Raises `StorageError`."""
+        if self._record is not None:
+            aside = set_aside(self.directory / "identity.json")
+            self._log.warning("the identity of SE %s was set aside as %s, as told", self._record.se_id, aside)
+        self._record = self._identity = None
 
     def save_grant(self, grant: Grant) -> None:
         """Stores the grant with the identity it belongs to, as one document. Raises `StorageError`."""
@@ -157,9 +205,11 @@ class SeState:
     def save_ticket(self, node: int, ticket: str) -> None:
         """Stores a link ticket durably: the link is confirmed only after this returned. Raises `StorageError`."""
         with self._lock:
-            book = TicketBook(tickets={**self._tickets.tickets, str(node): ticket})
-            self._ticket_document.save(book)
-            self._tickets = book
+            self._save_tickets(TicketBook(tickets={**self._tickets.tickets, str(node): ticket}))
+
+    def _save_tickets(self, book: TicketBook) -> None:
+        self._ticket_document.save(book)
+        self._tickets = book
 
     def image_key(self) -> Identity | None:
         """Returns this SE's own copy of the image key, None where there is none (any more)."""

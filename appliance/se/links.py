@@ -21,6 +21,7 @@ from appliance.runtime.backoff import Backoff
 from appliance.runtime.clock import Clock
 from appliance.runtime.stop import StopToken
 from appliance.se.channel_api import ByteChannel
+from appliance.se.ssh import KEY_REFUSED
 from appliance.se.tunnel import THERE, Caller, Link
 
 JOIN_TIMEOUT_S = 2.0
@@ -158,6 +159,8 @@ class Links:
                 link.run(line.stop)
             except ApplianceError as error:
                 line.link = None
+                if error.code == KEY_REFUSED:
+                    link.keys.key_refused()
                 self._lost(link, node, error)
             except Exception:  # noqa: BLE001 - top of a thread: what is a defect of one try is told, and tried again
                 self._log.exception("link to node %d: a defect ended it", node.number)

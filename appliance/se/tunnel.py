@@ -21,6 +21,7 @@ from typing import NamedTuple, Protocol
 from appliance import __version__
 from appliance.errors import ApplianceError, StorageError, TunnelError
 from appliance.pki.identity import Identity
+from appliance.protocol import jws
 from appliance.protocol import tunnel as said
 from appliance.protocol.address import REVERSE_PORT
 from appliance.protocol.enroll import Grant, InstanceFacts
@@ -59,6 +60,22 @@ class Tickets(Protocol):
         ...
 
 
+class KeyBook(Protocol):
+    """Where this SE's keys survive."""
+
+    def next_identity(self) -> Identity:
+        """The key that is to take the place of this SE's, stored durably."""
+        ...
+
+    def promote_key(self) -> None:
+        """The next key is the key from now on."""
+        ...
+
+    def key_refused(self) -> None:
+        """The key was refused; where there are two, the other one is next."""
+        ...
+
+
 class TelemetrySource(Protocol):
     """What waits to be sent."""
 
@@ -91,6 +108,10 @@ class Caller:
 
     user: str
     identity: Identity
+    """The key to log in with."""
+    is_next_key: bool
+    """Whether that is the key which is to take the place of this SE's."""
+    keys: KeyBook
     grant: Grant
     tickets: Tickets
     beliefs: Beliefs
@@ -143,6 +164,7 @@ class Link:
         self._earlier_links = earlier_links
         self._carries = carries
         self._on_state = on_state
+        self.keys = caller.keys
         self.state = LinkState.IDLE
         self.was_there = False
         """Whether it ever got as far as a confirmed hello, or quarantine."""
@@ -152,6 +174,7 @@ class Link:
         self._rtt_s = 0.0
         self._interval_s = caller.grant.heartbeat_interval_s
         self._until_telemetry = 0
+        self._is_key_due = False
 
     def run(self, stop: StopToken) -> None:
         """Lives until lost or told to stop; returns in the latter case.
@@ -210,6 +233,9 @@ class Link:
         caller = self._caller
         connection.log_in(caller.user, caller.identity, host_keys=self._node.host_keys)
         self._move(LinkEvent.AUTHENTICATED)
+        if caller.is_next_key:
+            # The controller took it, and its answer got lost.
+            caller.keys.promote_key()
         caller.tell(Step.LINK, StepResult.OK, f"node {self._node.number} at {self.endpoint}", "", "")
         api = ChannelApi(lambda: connection.open_channel(said.CHANNEL_HOST, said.CHANNEL_PORT), self._clock)
         reverse = ReversePath(caller.settings.sshd_host, caller.settings.sshd_port, tell=self._tell_reverse)
@@ -221,6 +247,8 @@ class Link:
             while guard.wait_due():
                 self._beat(api)
                 self._collect(api, guard)
+                if self._is_key_due and not api.outstanding:
+                    self._rotate_key(api)
             if guard.is_leaving:
                 connection.say_goodbye()
             elif not guard.reason:
@@ -336,9 +364,26 @@ class Link:
         if first and self.state is LinkState.UP:
             text = f"answered by node {self._node.number} after {self._rtt_s * 1000:.1f} ms"
             self._caller.tell(Step.HEARTBEAT, StepResult.OK, text, "", "")
+        self._is_key_due = pong.rotate_key and not self._caller.is_next_key
         if pong.trust is not None:
             try:
                 self._caller.beliefs.accept(pong.trust)
             except StorageError as error:
                 # It comes with each heartbeat until it is kept; a full disk is no reason to lose the link.
                 self._log.error("the new trust document could not be stored: %s", error.message)
+
+    def _rotate_key(self, api: ChannelApi) -> None:
+        """Makes this SE a new key, as the controller asked: stored first, so that no answer can be lost."""
+        self._is_key_due = False
+        caller = self._caller
+        try:
+            successor = caller.keys.next_identity()
+        except StorageError as error:
+            self._log.error("no new key, it could not be stored: %s", error.message)
+            return
+        statement = said.rotation_statement(caller.grant.cluster_id, caller.grant.se_id, successor.public_line)
+        wish = said.RotateKey(se_key=successor.public_line, proof=jws.encode_part(successor.sign(statement)))
+        answer = api.call(said.ROTATE_PATH, wish, said.RotateAnswer, timeout_s=LOGIN_DEADLINE_S)
+        if answer.thumbprint != successor.thumbprint:
+            raise TunnelError(f"the controller took the key {answer.thumbprint}, which nobody sent", code="TUNNEL-036")
+        caller.keys.promote_key()

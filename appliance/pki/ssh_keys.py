@@ -94,7 +94,10 @@ def fingerprint(line: str) -> str:
 def authorized_keys_line(line: str, *, number: int, reverse_port: int, permit_open: Sequence[str], comment: str) -> str:
     """Returns the authorized_keys line of SE `number`, with all its restrictions (sshd(8), AUTHORIZED_KEYS).
 
-    `command=` is there because `restrict,port-forwarding` alone lets a session run (FACTS, trap 4).
+    `command=` is there because `restrict,port-forwarding` alone lets a session run (FACTS, trap 4). What can't be said
+    in such a line belongs into sshd_config: `GatewayPorts clientspecified` (or the address is ignored),
+    `AllowStreamLocalForwarding no` (or the SE may listen on unix sockets), `PermitTunnel no` (OpenSSH's default).
+    `tests/contract/test_authorized_keys.py` shows that nothing else is needed.
 
     Args:
         line: the SE's public key.

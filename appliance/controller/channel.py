@@ -280,5 +280,7 @@ class ChannelApi:
             record, changed, actor=f"se {link.source}", action="se.key-rotated",
             detail=f"key {thumbprint} for {record.thumbprint}",
         )  # fmt: skip
+        # The old key opened this link; it goes on in the name of the new one.
+        link.thumbprint = thumbprint
         self._fleet.events.emit("tunnel", "se.key-rotated", record.se_id, f"{record.name} has a new key {thumbprint}")
         return RotateAnswer(thumbprint=thumbprint)

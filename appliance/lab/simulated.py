@@ -25,13 +25,23 @@ from appliance.errors import EnrollError, TunnelError, UnreachableError
 from appliance.pki import jws, tls
 from appliance.pki.identity import Identity
 from appliance.pki.trust import verify_trust
-from appliance.protocol import enroll, strict_json, tunnel
+from appliance.protocol import enroll, strict_json, token, tunnel
 from appliance.protocol.address import REVERSE_PORT, parse_endpoint
-from appliance.protocol.enroll import EnrollRequest, Grant, InstanceFacts, NonceAnswer, RefreshRequest
+from appliance.protocol.enroll import EnrollRequest, Grant, InstanceFacts, NonceAnswer, Pending, RefreshRequest
+from appliance.protocol.jws import encode_part
 from appliance.protocol.problem import Problem
 from appliance.protocol.seed import Bundle, Hints
-from appliance.protocol.trust import TrustNode
-from appliance.protocol.tunnel import Confirm, ConfirmAnswer, Heartbeat, HeartbeatAnswer, Hello, HelloAnswer
+from appliance.protocol.trust import Envelope, TrustDocument, TrustNode, replaces
+from appliance.protocol.tunnel import (
+    Confirm,
+    ConfirmAnswer,
+    Heartbeat,
+    HeartbeatAnswer,
+    Hello,
+    HelloAnswer,
+    RotateAnswer,
+    RotateKey,
+)
 
 T = TypeVar("T")
 
@@ -113,12 +123,15 @@ class SimulatedSe:
         self.telemetry = telemetry
         self.user = user
         self.grant: Grant | None = None
+        self.token = ""
+        """Sent with an enrollment; what a rejoin goes by."""
         self.ticket = ""
         self.spent = False
         self.links = 0
         self.conn: asyncssh.SSHClientConnection | None = None
         self.interval_s = 5.0
-        self.trust_version = 1
+        self.trust: TrustDocument | None = None
+        """What this SE believes; None until the first grant."""
         self._channel: tuple[Any, Any] | None = None
         self._sequence = 0
         self._rtt_s = 0.0
@@ -128,16 +141,15 @@ class SimulatedSe:
 
     async def _tls(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         host, port = parse_endpoint(self.bundle.controllers[0], default_port=8443)
-        context = tls.client_context([self.bundle.root_ca])
+        context = tls.client_context(self._roots())
         reader, writer = await asyncio.open_connection(host, port, ssl=context, ssl_handshake_timeout=REQUEST_TIMEOUT_S)
         session: ssl.SSLObject = writer.get_extra_info("ssl_object")
         der = session.getpeercert(binary_form=True) or b""
         tls.check_peer(der, cluster_id=self.bundle.cluster_id, revoked_node_keys=())
         return reader, writer
 
-    def signed_enrollment(self, nonce: str) -> bytes:
-        """The JWS of an enrollment with `nonce`."""
-        request = EnrollRequest(
+    def _request(self, nonce: str) -> EnrollRequest:
+        return EnrollRequest(
             audience=self.bundle.cluster_id,
             nonce=nonce,
             se_id=self.se_id,
@@ -147,10 +159,18 @@ class SimulatedSe:
             agent_version=__version__,
             attempt_id=self.attempt_id,
             hints=Hints(name=self.name),
+            token=self.token,
         )
+
+    def signed_enrollment(self, nonce: str) -> bytes:
+        """The JWS of an enrollment with `nonce`."""
         image = Identity.from_pkcs8(self.bundle.image_key.encode())
         signers = [("image", self.bundle.image_key_id, image), ("se", self.identity.thumbprint, self.identity)]
-        return jws.sign(strict_json.encode(request), signers)  # type: ignore[arg-type]
+        return jws.sign(strict_json.encode(self._request(nonce)), signers)  # type: ignore[arg-type]
+
+    def signed_rejoin(self, nonce: str) -> bytes:
+        """The JWS of a rejoin with `nonce`, by the token that this SE has."""
+        return jws.sign(strict_json.encode(self._request(nonce)), [("se", self.identity.thumbprint, self.identity)])
 
     def signed_refresh(self, nonce: str) -> bytes:
         """The JWS of a refresh with `nonce`."""
@@ -177,24 +197,51 @@ class SimulatedSe:
         """Enrolls, and checks the grant's trust document. Raises `EnrollError` with the refusal's code."""
         answer = await self.ask(enroll.ENROLL_PATH, self.signed_enrollment)
         self.grant = answer.decode(Grant)
+        self.follow(self.grant.trust)
+        return self.grant
+
+    async def ask_in(self) -> Pending | Grant:
+        """Enrolls where the image key's policy may say to wait. Raises as `enroll`."""
+        answer = await self.ask(enroll.ENROLL_PATH, self.signed_enrollment)
+        if answer.status == 202:
+            return answer.decode(Pending)
+        self.grant = answer.decode(Grant)
+        return self.grant
+
+    async def rejoin(self) -> Grant:
+        """Takes the place of the SE that its token names, with a new key and nothing else. Raises as `enroll`."""
+        self.se_id = token.parse(self.token).se_id
+        self.identity, self.ticket, self.spent = Identity.create(), "", False
+        self.grant = (await self.ask(enroll.REJOIN_PATH, self.signed_rejoin)).decode(Grant)
         self._trust()
         return self.grant
 
     async def refresh(self) -> Grant:
         """Gets the current grant with the SE's key alone."""
         self.grant = (await self.ask(enroll.REFRESH_PATH, self.signed_refresh)).decode(Grant)
+        self.follow(self.grant.trust)
         return self.grant
 
-    def _trust(self) -> TrustNode:
-        if self.grant is None:
+    def _roots(self) -> list[str]:
+        return self.trust.roots if self.trust is not None else [self.bundle.root_ca]
+
+    def follow(self, envelope: Envelope) -> TrustDocument:
+        """Verifies a trust document and believes it where it is newer, as a real SE does."""
+        document = verify_trust(envelope, anchors=self._roots(), current=self.trust)
+        if replaces(document, self.trust):
+            self.trust = document
+        return self.trust or document
+
+    def _node(self) -> TrustNode:
+        if self.trust is None:
             raise EnrollError("this SE has no grant yet")
-        return verify_trust(self.grant.trust, anchors=[self.bundle.root_ca], current=None).nodes[0]
+        return self.trust.nodes[0]
 
     # tunnel
 
     async def connect(self) -> asyncssh.SSHClientConnection:
         """Logs in and asks for the reverse address; says nothing yet."""
-        node = self._trust()
+        node = self._node()
         host, port = parse_endpoint(node.ssh[0], default_port=22)
         keys = [asyncssh.import_public_key(line) for line in node.host_keys]
         try:
@@ -249,7 +296,7 @@ class SimulatedSe:
             agent_version=__version__,
             facts=self.facts,
             ticket=self.ticket,
-            trust_version=self.trust_version,
+            trust_version=self.trust.version if self.trust else 0,
             time=time.time(),
             host_keys=[self.host_key],
             links=self.links,
@@ -280,14 +327,28 @@ class SimulatedSe:
             time=time.time(),
             rtt_s=self._rtt_s,
             telemetry=self.telemetry() if telemetry else [],
-            trust_version=self.trust_version,
+            trust_version=self.trust.version if self.trust else 0,
         )
         answer = await self.say(tunnel.HEARTBEAT_PATH, message, HeartbeatAnswer)
         self._rtt_s = time.monotonic() - started
         self.beats.rtts_s.append(self._rtt_s)
         self.beats.answered += 1
         self.interval_s = answer.interval_s
+        if answer.trust is not None:
+            self.follow(answer.trust)
+        if answer.rotate_key:
+            await self.rotate_key()
         return answer
+
+    async def rotate_key(self) -> None:
+        """Makes a new key and puts it in the old one's place."""
+        if self.grant is None:
+            raise EnrollError("this SE has no grant yet")
+        successor = Identity.create()
+        statement = tunnel.rotation_statement(self.bundle.cluster_id, self.se_id, successor.public_line)
+        proof = encode_part(successor.sign(statement))
+        await self.say(tunnel.ROTATE_PATH, RotateKey(se_key=successor.public_line, proof=proof), RotateAnswer)
+        self.identity = successor
 
     def close(self) -> None:
         """Drops the link at once."""

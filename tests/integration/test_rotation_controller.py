@@ -14,8 +14,7 @@ from rig import Machine, RunningController, machine, running, until_async
 
 from appliance.errors import TrustError, UnreachableError, UsageError
 from appliance.lab.simulated import SimulatedSe
-from appliance.pki.trust import verify_trust
-from appliance.protocol.trust import Envelope, TrustDocument
+from appliance.protocol.trust import TrustDocument
 
 
 async def linked(stand: Machine, controller: RunningController, name: str) -> SimulatedSe:
@@ -24,25 +23,6 @@ async def linked(stand: Machine, controller: RunningController, name: str) -> Si
     await se.link()
     await se.beat()
     return se
-
-
-class Follower:
-    """The part of a real SE that follows trust documents."""
-
-    def __init__(self, se: SimulatedSe) -> None:
-        self.se = se
-        self.current = verify_trust(se.grant.trust, anchors=[se.bundle.root_ca], current=None)
-
-    def accept(self, envelope: Envelope | None) -> TrustDocument:
-        if envelope is not None:
-            newer = verify_trust(envelope, anchors=self.current.roots, current=self.current)
-            assert newer.version > self.current.version
-            self.current = newer
-        return self.current
-
-    async def beat(self) -> TrustDocument:
-        self.se.trust_version = self.current.version
-        return self.accept((await self.se.beat()).trust)
 
 
 def root_of(controller: RunningController) -> str:
@@ -57,15 +37,15 @@ def test_a_change_under_a_live_link(tmp_path: Path, kind: str) -> None:
         async def go() -> None:
             async with machine() as stand:
                 se = await linked(stand, controller, "awake")
-                follower = Follower(se)
-                before = follower.current
+                before = se.trust
                 assert operator.rotate(kind, "begin").waiting == ["awake"]
                 with pytest.raises(UsageError, match="under way already"):
                     operator.rotate(kind, "begin")
                 with pytest.raises(UsageError, match="have not seen the successor"):
                     operator.rotate(kind, "finish")
-                announced = await follower.beat()
-                await follower.beat()
+                await se.beat()
+                await se.beat()
+                announced = se.trust
                 assert listed(before, kind) < listed(announced, kind)
                 assert next(view for view in operator.rotations() if view.kind == kind).waiting == []
                 # A power cut before the end changes nothing.
@@ -73,16 +53,17 @@ def test_a_change_under_a_live_link(tmp_path: Path, kind: str) -> None:
                 controller.start()
                 se.close()
                 await se.link()
-                await follower.beat()
+                await se.beat()
                 done = operator.rotate(kind, "finish")
                 assert done.phase == "none"
-                final = await follower.beat()
+                await se.beat()
+                final = se.trust
                 assert listed(final, kind) == listed(announced, kind) - listed(before, kind)
                 # The link lived through it, and a new one comes up with what the SE believes now.
-                se.grant = await se.refresh() if kind != "ca" else await refreshed(se, final)
+                await se.refresh()
                 se.close()
                 await se.link()
-                await follower.beat()
+                await se.beat()
                 await until_async(lambda: controller.state("awake") == "UP OK", what="UP")
 
         asyncio.run(go())
@@ -90,15 +71,6 @@ def test_a_change_under_a_live_link(tmp_path: Path, kind: str) -> None:
         actions = [entry.action for entry in operator.audit()]
         assert f"trust.{kind}.begin" in actions
         assert f"trust.{kind}.finish" in actions
-
-
-async def refreshed(se: SimulatedSe, trust: TrustDocument):  # type: ignore[no-untyped-def]
-    """A refresh by an SE that believes only the new root."""
-    se.bundle = type(se.bundle)(
-        **{name: getattr(se.bundle, name) for name in se.bundle.__struct_fields__ if name != "root_ca"},
-        root_ca=trust.roots[0],
-    )
-    return await se.refresh()
 
 
 def listed(document: TrustDocument, kind: str) -> set[str]:
@@ -118,14 +90,13 @@ def test_an_se_that_slept_through_a_change_of_root_follows_and_old_images_still_
         async def go() -> None:
             async with machine() as stand:
                 se = await linked(stand, controller, "asleep")
-                follower = Follower(se)
                 se.close()
                 operator.rotate("ca", "begin")
                 operator.rotate("ca", "finish", force=True)
                 assert root_of(controller) != old_root
                 # It trusts the old root alone: TLS by the cross-certificate, the trust document by both signatures.
-                grant = await se.refresh()
-                newest = follower.accept(grant.trust)
+                await se.refresh()
+                newest = se.trust
                 assert len(newest.roots) == 1
                 assert hashlib.sha256(ssl.PEM_cert_to_DER_cert(newest.roots[0])).hexdigest() == root_of(controller)
                 await se.link()
@@ -244,7 +215,7 @@ def test_a_link_with_the_old_host_key_alone_is_refused_after_the_switch(tmp_path
                 se.close()
                 with pytest.raises(UnreachableError, match="Host key"):
                     await se.link()
-                se.grant = await se.refresh()
+                await se.refresh()
                 await se.link()
 
         asyncio.run(go())

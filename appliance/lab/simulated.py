@@ -233,6 +233,8 @@ class SimulatedSe:
         return self.trust or document
 
     def _node(self) -> TrustNode:
+        if self.trust is None and self.grant is not None:
+            self.follow(self.grant.trust)
         if self.trust is None:
             raise EnrollError("this SE has no grant yet")
         return self.trust.nodes[0]

@@ -32,6 +32,14 @@ _COLUMNS = (
 )
 
 
+_NEXT = {
+    Policy.OPEN: "whoever has it gets in, until then",
+    Policy.TOKEN: "each VM needs a token beside it: appliance token create --image-key ID",
+    Policy.APPROVE: "each VM waits for you: appliance se pending, appliance se approve",
+    Policy.HOOK: "the program of controller.enroll_hook decides; where it doesn't, each VM waits for you",
+}
+
+
 class Created(msgspec.Struct, kw_only=True):
     """What `create --json` prints; the key itself is in `file` only."""
 
@@ -63,7 +71,14 @@ def command() -> None:
 )
 @click.option("--max-uses", type=click.IntRange(1, 1_000_000), default=500, show_default=True, help="How many SEs.")
 @click.option("--network", "networks", type=quantities.NETWORK, multiple=True, help="Only from here; may be repeated.")
-@click.option("--policy", type=click.Choice([policy.value for policy in Policy]), default="open", show_default=True)
+@click.option(
+    "--policy",
+    type=click.Choice([policy.value for policy in Policy]),
+    default="open",
+    show_default=True,
+    help="open: lets in. token: with a token of `appliance token create`. approve: after `appliance se approve`. "
+    "hook: as the program of the setting controller.enroll_hook says.",
+)
 @click.option("--note", default="", help="What it is for.")
 @click.option(
     "--out",
@@ -86,13 +101,10 @@ def create(
 
     The bundle is the one place where the key's private half exists; the controller keeps none.
     """
-    if policy != Policy.OPEN:
-        raise UsageError(
-            f"the policy {policy!r} is not served by this version, only 'open' is",
-            hint="limit an open key by --expires, --max-uses and --network instead",
-        )
     _check_target(out)
-    wish = ImageKeyTermsWish(expires_in_s=expires, max_uses=max_uses, networks=list(networks), note=note)
+    wish = ImageKeyTermsWish(
+        policy=Policy(policy), expires_in_s=expires, max_uses=max_uses, networks=list(networks), note=note
+    )
     operator = Operator(context.paths.controller_socket)
     created = operator.create_image_key(wish)
     if str(out) == "-":
@@ -110,6 +122,7 @@ def create(
         f"good for {output.count(created.key.max_uses, 'SE')}, expires {output.ago(created.key.expires_at, now)} "
         f"({output.moment(created.key.expires_at)}), from {' '.join(created.key.networks) or 'any network'}",
     )
+    output.say(console, _NEXT[created.key.policy])
     output.say(console, f"next: image-builder seed --bundle {file}")
 
 

@@ -114,10 +114,9 @@ class Tokens:
         return image_key_id
 
     def find(self, text: str) -> TokenRecord:
-        """Finds a token by its id, or by the token itself. Raises `NotFoundError`."""
-        digest = said.digest(text)
+        """Finds a token by its id. Raises `NotFoundError`."""
         for record in self._registry.tokens():
-            if text == said.token_id(record.digest) or digest == record.digest:
+            if text == said.token_id(record.digest):
                 return record
         raise NotFoundError("no such token is known", hint="see `appliance token list`")
 

@@ -206,6 +206,7 @@ class SimulatedSe:
         if answer.status == 202:
             return answer.decode(Pending)
         self.grant = answer.decode(Grant)
+        self.follow(self.grant.trust)
         return self.grant
 
     async def rejoin(self) -> Grant:
@@ -213,7 +214,7 @@ class SimulatedSe:
         self.se_id = token.parse(self.token).se_id
         self.identity, self.ticket, self.spent = Identity.create(), "", False
         self.grant = (await self.ask(enroll.REJOIN_PATH, self.signed_rejoin)).decode(Grant)
-        self._trust()
+        self.follow(self.grant.trust)
         return self.grant
 
     async def refresh(self) -> Grant:

@@ -3,15 +3,17 @@
     phase      does                                     then
     SEED       finds and verifies the seed              IDENTITY
     IDENTITY   image key and identity are on disk       NONCE
-    NONCE      TLS to the next address, nonce           ENROLL or REFRESH, whichever is due
+    NONCE      TLS to the next address, nonce           ENROLL, REJOIN or REFRESH, whichever is due
     ENROLL     JWS by image key and SE key              STORE; 202: NONCE with REFRESH due, later
-    REFRESH    JWS by the SE key alone                  STORE; 202: as above
+    REJOIN     JWS by the SE key and a rejoin token     STORE
+    REFRESH    JWS by the SE key alone                  STORE; 202: as for ENROLL
     STORE      the grant is on disk                     DONE
 
 What a refusal leads to:
 
     nonce stale or used   the same request at once with the fresh nonce, three times; after that as any other
     SPENT                 the image key is used up for this SE: REFRESH at once
+    a token               that is missing or isn't good: from SEED, since there may be another one by then
     SE_UNKNOWN            to a refresh: ENROLL where an image key is there (a controller restored from an old backup)
     any other             the same again after Retry-After and the back-off; never given up, nothing is ever deleted
 
@@ -38,16 +40,19 @@ class Phase(enum.StrEnum):
     IDENTITY = "identity"
     NONCE = "nonce"
     ENROLL = "enroll"
+    REJOIN = "rejoin"
     REFRESH = "refresh"
     STORE = "store"
     DONE = "done"
 
 
 class Done(NamedTuple):
-    """The phase did what it is for. `nonce` counts where it was NONCE, `has_image_key` where it was IDENTITY."""
+    """The phase did what it is for. `nonce` counts where it was NONCE, the other two where it was IDENTITY."""
 
     nonce: str = ""
     has_image_key: bool = True
+    rejoins: bool = False
+    """Whether a rejoin token is there."""
 
 
 class Awaiting(NamedTuple):
@@ -76,7 +81,7 @@ class Progress(NamedTuple):
 
     phase: Phase
     due: Phase = Phase.ENROLL
-    """ENROLL or REFRESH: what follows on NONCE."""
+    """ENROLL, REJOIN or REFRESH: what follows on NONCE."""
     can_enroll: bool = True
     """Whether there is an image key to sign with."""
     nonce: str = ""
@@ -99,11 +104,23 @@ def refresh(*, can_enroll: bool) -> Progress:
 _AFTER_DONE = {
     Phase.SEED: Phase.IDENTITY,
     Phase.ENROLL: Phase.STORE,
+    Phase.REJOIN: Phase.STORE,
     Phase.REFRESH: Phase.STORE,
     Phase.STORE: Phase.DONE,
 }
 _LOCAL = {Phase.SEED, Phase.IDENTITY, Phase.STORE}
-_ASKING = {Phase.ENROLL, Phase.REFRESH}
+_ASKING = {Phase.ENROLL, Phase.REJOIN, Phase.REFRESH}
+_BY_TOKEN = {
+    refusal.value.code
+    for refusal in (
+        Refusals.TOKEN_MISSING,
+        Refusals.TOKEN_UNKNOWN,
+        Refusals.TOKEN_USED,
+        Refusals.TOKEN_EXPIRED,
+        Refusals.TOKEN_REVOKED,
+        Refusals.TOKEN_BOUND,
+    )
+}
 _STALE = {Refusals.NONCE_STALE.value.code, Refusals.NONCE_USED.value.code}
 
 
@@ -121,6 +138,7 @@ def advance(progress: Progress, event: Event) -> Progress:
             return progress._replace(phase=progress.due, nonce=event.nonce, fresh_nonces=0, wait_s=0.0)
         case Done() if phase is Phase.IDENTITY:
             due = Phase.ENROLL if event.has_image_key else Phase.REFRESH
+            due = Phase.REJOIN if event.rejoins else due
             return progress._replace(phase=Phase.NONCE, due=due, can_enroll=event.has_image_key, wait_s=0.0)
         case Done():
             return progress._replace(phase=_AFTER_DONE[phase], nonce="", wait_s=0.0)
@@ -144,8 +162,10 @@ def _after_refusal(progress: Progress, refused: Refused) -> Progress:
     if refused.code in _STALE and refused.nonce and progress.fresh_nonces < MAX_FRESH_NONCES:
         return progress._replace(nonce=refused.nonce, fresh_nonces=progress.fresh_nonces + 1, wait_s=0.0)
     again = progress._replace(phase=Phase.NONCE, nonce="", wait_s=refused.retry_after_s or None)
-    if asked is Phase.ENROLL and refused.code == Refusals.SPENT.value.code:
+    if asked is not Phase.REFRESH and refused.code == Refusals.SPENT.value.code:
         return again._replace(due=Phase.REFRESH, wait_s=0.0)
+    if asked is not Phase.REFRESH and refused.code in _BY_TOKEN:
+        return again._replace(phase=Phase.SEED)
     if asked is Phase.REFRESH and refused.code == Refusals.SE_UNKNOWN.value.code and progress.can_enroll:
         return again._replace(due=Phase.ENROLL)
     return again

@@ -10,11 +10,11 @@ Each failure is one sentence in the log and one step in the health file; nothing
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 from appliance import __version__
-from appliance.errors import ApplianceError, EnrollError, SeedError, TrustError
+from appliance.errors import ApplianceError, EnrollError, SeedError, TrustError, UsageError
 from appliance.paths import Paths
 from appliance.pki import jws
 from appliance.pki.identity import Identity
@@ -22,6 +22,7 @@ from appliance.pki.image_key import image_key_id
 from appliance.pki.trust import verify_receipt, verify_trust
 from appliance.protocol import enroll as said
 from appliance.protocol import strict_json
+from appliance.protocol import token as tokens
 from appliance.protocol.address import se_address
 from appliance.protocol.enroll import EnrollRequest, Grant, NonceAnswer, Pending, RefreshRequest
 from appliance.protocol.problem import Problem
@@ -35,6 +36,7 @@ from appliance.runtime.stop import StopToken
 from appliance.se import enroll, seed
 from appliance.se.believed import Beliefs
 from appliance.se.enroll import Awaiting, Done, Event, Failed, Phase, Progress, Refused
+from appliance.se.given import LOOK_S, GivenFile
 from appliance.se.https import MAX_ANSWER_BYTES, MAX_RETRY_AFTER_S, Answer, Conversation, believed_time
 from appliance.se.identity import SeState, host_keys
 from appliance.settings import Se
@@ -47,6 +49,7 @@ _HEALTH_STEP = {
     Phase.IDENTITY: Step.BOOT,
     Phase.NONCE: Step.NONCE,
     Phase.ENROLL: Step.GRANT,
+    Phase.REJOIN: Step.GRANT,
     Phase.REFRESH: Step.GRANT,
     Phase.STORE: Step.STORED,
 }
@@ -85,6 +88,11 @@ class Enrollment:
         self._line = tell_line
         self._clock = clock
         self._seed: seed.LoadedSeed | None = None
+        self._given = GivenFile(paths.se_state)
+        self._token = ""
+        """For ENROLL or REJOIN, whichever it is good for."""
+        self._rejoin = ""
+        """The se_id that a rejoin token names."""
         self._image_key: Identity | None = None
         self._grant: Grant | None = None
         self._conversation: Conversation | None = None
@@ -93,33 +101,54 @@ class Enrollment:
         self._told: frozenset[str] = frozenset()
 
     def first_boot(self, stop: StopToken) -> None:
-        """Runs until this SE has a grant on disk, or is told to stop."""
-        self._drive(enroll.first_boot(), stop)
+        """Runs until this SE has a grant on disk, is told to stop, or to be another SE."""
+        self._drive(enroll.first_boot, stop)
 
     def refresh(self, stop: StopToken) -> None:
         """Asks for the grant again until it is on disk, or is told to stop."""
+        self._drive(self._start_refresh, stop)
+
+    def _start_refresh(self) -> Progress:
         try:
-            loaded = seed.load(self._paths, setting=self._settings.seed)
+            loaded = self._load_seed()
             self._seed = loaded if loaded.seed.cluster_id == self._beliefs.current.cluster_id else None
+            self._read_token(self._given.read().token or loaded.token)
         except SeedError:
             self._seed = None  # its addresses would be tried too; an enrolled SE needs nothing else of it
         self._image_key = self._state.image_key()
-        self._drive(enroll.refresh(can_enroll=self._image_key is not None), stop)
+        return enroll.refresh(can_enroll=self._image_key is not None)
 
-    def _drive(self, progress: Progress, stop: StopToken) -> None:
+    def _drive(self, start: Callable[[], Progress], stop: StopToken) -> None:
         backoff = Backoff(first_s=self._settings.redial_first_s, most_s=self._settings.redial_most_s)
+        stamp, progress = self._given.stamp(), start()
         try:
-            while progress.phase is not Phase.DONE and not stop.wait(self._wait_s(progress, backoff)):
+            while progress.phase is not Phase.DONE:
+                self._wait(self._wait_s(progress, backoff), stamp, stop)
+                if stop.stopped:
+                    return
+                if self._given.stamp() != stamp:
+                    stamp, progress = self._given.stamp(), start()
+                    if self._given.read().anew:
+                        return  # the daemon starts over, and sets the identity aside before anything else
+                    self._log.info("something was given on the console; starting over with it")
+                    backoff.reset()
                 event = self._attempt(progress, stop)
                 if isinstance(event, Awaiting):
                     backoff.reset()
                 following = enroll.advance(progress, event)
                 self._log.debug("%s: %s, then %s", progress.phase, type(event).__name__, following.phase)
-                if following.phase in {Phase.NONCE, Phase.DONE}:
+                if following.phase in {Phase.NONCE, Phase.SEED, Phase.DONE}:
                     self._hang_up()
                 progress = following
         finally:
             self._hang_up()
+
+    def _wait(self, wait_s: float, stamp: Mapping[str, int], stop: StopToken) -> None:
+        """Waits, until stopped or something new is given."""
+        until = self._clock.monotonic() + wait_s
+        while (left_s := until - self._clock.monotonic()) > 0 and self._given.stamp() == stamp:
+            if stop.wait(min(left_s, LOOK_S)):
+                return
 
     def _wait_s(self, progress: Progress, backoff: Backoff) -> float:
         if progress.wait_s is None:
@@ -162,20 +191,36 @@ class Enrollment:
                 return self._get_nonce(stop)
             case Phase.ENROLL:
                 return self._ask(said.ENROLL_PATH, self._enroll_request(progress.nonce), by_image_key=True)
+            case Phase.REJOIN:
+                return self._ask(said.REJOIN_PATH, self._enroll_request(progress.nonce), by_image_key=False)
             case Phase.REFRESH:
                 return self._ask(said.REFRESH_PATH, self._refresh_request(progress.nonce), by_image_key=False)
             case _:
                 return self._store()
 
+    def _load_seed(self) -> seed.LoadedSeed:
+        return seed.load(self._paths, setting=self._settings.seed, given=self._given.read().seed)
+
     def _read_seed(self) -> Event:
-        loaded = seed.load(self._paths, setting=self._settings.seed)
+        loaded = self._load_seed()
         for note in sorted(set(loaded.notes) - self._told):
             self._log.warning("%s", note)
         self._told |= set(loaded.notes)
         self._beliefs.start_from_seed(loaded.envelope, loaded.document)
         self._seed = loaded
         self._log.info("seed of cluster %s read from %s", loaded.seed.cluster_id, loaded.source)
+        self._read_token(self._given.read().token or loaded.token)
         return Done()
+
+    def _read_token(self, text: str) -> None:
+        """Notes the token, and the SE that it lets this one be again; one without form is left out and told."""
+        self._token, self._rejoin = "", ""
+        if text:
+            try:
+                self._rejoin = tokens.parse(text).se_id
+                self._token = text
+            except UsageError as error:
+                self._log.warning("the seed's token is left out: %s", error.message)
 
     def _make_identity(self) -> Event:
         loaded, own = self._seed, self._state.image_key()
@@ -185,16 +230,18 @@ class Enrollment:
                 self._state.keep_image_key(loaded.image_key)
             own = loaded.image_key
         self._image_key = own
-        if self._state.record is None:
-            if own is None:
-                raise EnrollError(
-                    "this SE has neither an identity nor an image key to get one with; it waits",
-                    hint="give it a seed with an image key, or a rejoin token for the SE that it was"
-                    + "".join(f"; {text}" for text in self._state.set_aside),
-                    code="ENROLL-030",
-                )
-            self._state.create(image_id=loaded.seed.image_id if loaded else "")
-            self._log.info("made the identity of SE %s", self._state.require().se_id)
+        record = self._state.record
+        if record is None and own is None and not self._rejoin:
+            raise EnrollError(
+                "this SE has neither an identity nor an image key to get one with; it waits for a rejoin token"
+                + "".join(f"; {text}" for text in self._state.set_aside),
+                hint="on the controller: appliance token create --rejoin SE; here: appliance enroll --token -, "
+                "or attach a seed disk with the token, or with a current image key",
+                code="ENROLL-030",
+            )
+        if record is None or (self._rejoin and record.se_id != self._rejoin):
+            self._state.create(image_id=loaded.seed.image_id if loaded else "", se_id=self._rejoin)
+            self._log.info("made a key for SE %s", self._state.require().se_id)
         if not host_keys(self._paths):
             raise EnrollError(
                 "this SE's sshd has no Ed25519 host key yet; without it the controller couldn't tell it from another",
@@ -204,7 +251,7 @@ class Enrollment:
         fingerprint = self._state.identity.thumbprint
         self._tell(Step.BOOT, StepResult.OK, f"SE {self._state.require().se_id}, key {fingerprint}", "", "")
         self._line(f"enrolling, key {fingerprint}")
-        return Done(has_image_key=own is not None)
+        return Done(has_image_key=own is not None, rejoins=bool(self._rejoin))
 
     def _addresses(self) -> list[str]:
         """Pushed, granted, seed and per-VM addresses, each once, in this order."""
@@ -256,7 +303,7 @@ class Enrollment:
             agent_version=__version__,
             attempt_id=record.attempt_id,
             hints=loaded.hints if loaded else Hints(),
-            token=loaded.token if loaded else "",
+            token=self._token,
         )
 
     def _refresh_request(self, nonce: str) -> RefreshRequest:
@@ -285,9 +332,13 @@ class Enrollment:
         if answer.status == 202:
             pending = strict_json.decode(answer.body, Pending, max_bytes=MAX_ANSWER_BYTES)
             text = f"an operator must approve this SE; its key is {own.thumbprint}"
-            self._tell(Step.GRANT, StepResult.WAITING, text, "", "")
+            self._tell(
+                Step.GRANT, StepResult.WAITING, text, "", f"on the controller: appliance se approve {own.thumbprint}"
+            )
             self._line(text)
-            self._log.info("%s", text)
+            if text not in self._told:
+                self._told |= {text}
+                self._log.info("%s", text)
             return Awaiting(min(max(1.0, pending.retry_after_s), MAX_RETRY_AFTER_S))
         return self._refused(answer, Step.GRANT)
 
@@ -329,6 +380,7 @@ class Enrollment:
             raise EnrollError("no grant to store")
         self._state.save_grant(self._grant)
         self._beliefs.accept(self._grant.trust)
+        self._given.destroy()
         self._tell(Step.STORED, StepResult.OK, f"enrolled as SE number {self._grant.number}", "", "")
         self._line(f"enrolled as SE number {self._grant.number}")
         self._log.info(

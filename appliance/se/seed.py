@@ -2,8 +2,9 @@
 
 Two kinds of source, looked at in this order:
 
-    image     setting `se.seed` (directory or ISO), then `etc/appliance/seed` below the root: the first that holds a
-              trust document is *the* seed; root, trust document, image key and cluster id come from it alone
+    image     what was given on the console (`se.given`), setting `se.seed` (directory or ISO), then
+              `etc/appliance/seed` below the root: the first that holds a trust document is *the* seed; root, trust
+              document, image key and cluster id come from it alone
     per VM    every other one, and disks labelled `cidata` where the setting is empty: they may add addresses, a token
               and hints, never an anchor (FACTS, trap 3: a disk attached later must not replace whom the image trusts)
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +37,12 @@ ENROLL_PORT = 8443
 _DISKS = ("dev/disk/by-label/cidata", "dev/disk/by-label/CIDATA")
 _FILES = {protocol.SEED_FILE, protocol.ROOT_CA_FILE, protocol.TRUST_FILE, protocol.IMAGE_KEY_FILE}
 _MAX_TRUST_FILE_BYTES = protocol.MAX_BUNDLE_BYTES
+_READ = {
+    protocol.SEED_FILE: protocol.MAX_SEED_BYTES,
+    protocol.ROOT_CA_FILE: protocol.MAX_SEED_BYTES,
+    protocol.TRUST_FILE: _MAX_TRUST_FILE_BYTES,
+    protocol.IMAGE_KEY_FILE: protocol.MAX_SEED_BYTES,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -119,12 +126,47 @@ class _Iso:
         return content
 
 
-def load(paths: Paths, *, setting: str) -> LoadedSeed:
+class _Given:
+    source = "the console"
+
+    def __init__(self, files: Mapping[str, bytes]) -> None:
+        self._files = files
+
+    def read(self, name: str, *, max_bytes: int) -> bytes | None:
+        content = self._files.get(name)
+        if content is not None and len(content) > max_bytes:
+            raise SeedError(f"{name} from {self.source} has {len(content)} bytes, at most {max_bytes} are read")
+        return content
+
+
+def read_files(path: Path) -> dict[str, bytes]:
+    """Returns the files of the seed at `path`, a directory or an ISO, that our own code reads.
+
+    Raises:
+        SeedError: there is none, or it can't be read.
+    """
+    if not path.exists():
+        raise SeedError(f"{path} is not there", hint="name a seed's directory or ISO, or the device of its disk")
+    files, found = _open(path), {}
+    try:
+        for name, max_bytes in _READ.items():
+            content = files.read(name, max_bytes=max_bytes)
+            if content is not None:
+                found[name] = content
+    except OSError as error:
+        raise SeedError(f"{path} can't be read: {error.strerror}") from None
+    if protocol.SEED_FILE not in found:
+        raise SeedError(f"{path} has no {protocol.SEED_FILE}: that is no seed", hint="bake one: `image-builder seed`")
+    return found
+
+
+def load(paths: Paths, *, setting: str, given: Mapping[str, bytes] | None = None) -> LoadedSeed:
     """Finds and verifies the seed.
 
     Args:
         paths: where the image keeps it.
         setting: `se.seed`, a directory or an ISO; empty searches.
+        given: the files of a seed that was given on the console.
 
     Raises:
         SeedError: none is there, or the image's does not hold.
@@ -132,13 +174,16 @@ def load(paths: Paths, *, setting: str) -> LoadedSeed:
     notes: list[str] = []
     anchored: _Files | None = None
     local: list[_Files] = []
-    for files in _sources(paths, setting, notes):
+    told = [_Given(given)] if given else []
+    for files in (*told, *_sources(paths, setting, notes)):
         if anchored is None and files.read(protocol.TRUST_FILE, max_bytes=_MAX_TRUST_FILE_BYTES) is not None:
             anchored = files
         elif files.read(protocol.SEED_FILE, max_bytes=protocol.MAX_SEED_BYTES) is not None:
             local.append(files)
     if not setting:
         local += _disks(paths, notes)
+    # The last one's word counts, and that of a person at the console counts most.
+    local.sort(key=lambda files: files in told)
     if anchored is None:
         looked = f"{setting} and " if setting else ""
         raise SeedError(

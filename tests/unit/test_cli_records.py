@@ -19,6 +19,7 @@ from operator_double import OperatorDouble, Request
 from appliance.cli.root import main
 from appliance.errors import StorageError
 from appliance.protocol import audit
+from appliance.protocol.enroll import Policy
 from appliance.protocol.operator import (
     AuditEntry,
     AuditVerdict,
@@ -93,6 +94,16 @@ def test_create_writes_the_bundle_for_its_owner_only(creating: OperatorDouble, c
     }
 
 
+@pytest.mark.parametrize("policy", Policy)
+def test_create_asks_for_the_policy_and_tells_what_it_means(creating: OperatorDouble, cli: Cli, policy: Policy) -> None:
+    created = creating.answers["POST /v1/image-keys"]
+    created.key = doubles.image_key(policy=policy)
+    _, out, _ = cli("image-key", "create", "--policy", policy.value)
+    assert json.loads(creating.requests[-1].body)["policy"] == policy.value
+    told = {"token": "appliance token create", "approve": "appliance se approve", "hook": "enroll_hook"}
+    assert told.get(policy.value, "gets in") in out
+
+
 def test_create_as_json_names_the_file_and_never_the_key(creating: OperatorDouble, cli: Cli, tmp_path: Path) -> None:
     _, out, _ = cli("image-key", "create", "--json", "--out", "x.json")
     assert json.loads(out)["file"] == str(tmp_path / "work/x.json")
@@ -116,7 +127,7 @@ def test_create_never_prints_the_key_on_a_terminal(
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--policy", "approve"], "only 'open' is"),
+        (["--policy", "everybody"], "'everybody' is not one of"),
         (["--out", "there"], "exists already"),
         (["--out", "nowhere/x"], "nothing can be written"),
         (["--expires", "0d"], "no duration"),

@@ -23,9 +23,10 @@ from appliance.se.enroll import (
 )
 
 EVENTS: tuple[Event, ...] = (Done("n"), Done(has_image_key=False), Awaiting(5.0), Refused("X", 7.0), Failed())
-ASKING = {Phase.ENROLL, Phase.REFRESH}
+ASKING = {Phase.ENROLL, Phase.REJOIN, Phase.REFRESH}
 LOCAL = {Phase.SEED, Phase.IDENTITY, Phase.STORE}
 STALE, USED = Refusals.NONCE_STALE.value.code, Refusals.NONCE_USED.value.code
+BY_TOKEN = {refusal for refusal in Refusals if refusal.name.startswith("TOKEN_")}
 SPENT, UNKNOWN = Refusals.SPENT.value.code, Refusals.SE_UNKNOWN.value.code
 
 
@@ -69,6 +70,23 @@ def test_without_an_image_key_the_own_key_asks() -> None:
     assert walk(first_boot(), Done(), Done(has_image_key=False), Done("n"))[-1] is Phase.REFRESH
 
 
+@pytest.mark.parametrize("has_image_key", [True, False])
+def test_a_rejoin_token_goes_first(has_image_key: bool) -> None:
+    way = walk(first_boot(), Done(), Done(has_image_key=has_image_key, rejoins=True), Done("n"), Done(), Done())
+    assert way == [Phase.IDENTITY, Phase.NONCE, Phase.REJOIN, Phase.STORE, Phase.DONE]
+
+
+def test_a_lost_answer_to_a_rejoin_asks_with_the_same_token_again() -> None:
+    assert walk(Progress(Phase.REJOIN, due=Phase.REJOIN), Failed(), Done("n")) == [Phase.NONCE, Phase.REJOIN]
+
+
+@pytest.mark.parametrize("refusal", sorted(BY_TOKEN, key=lambda refusal: refusal.name))
+@pytest.mark.parametrize("phase", [Phase.ENROLL, Phase.REJOIN])
+def test_another_token_is_looked_for_where_one_does_not_serve(phase: Phase, refusal: Refusals) -> None:
+    progress = advance(Progress(phase, due=phase), Refused(refusal.value.code, 60.0))
+    assert (progress.phase, progress.wait_s) == (Phase.SEED, 60.0)
+
+
 def test_a_refresh_needs_no_seed() -> None:
     assert walk(refresh(can_enroll=False), Done("n"), Done(), Done()) == [Phase.REFRESH, Phase.STORE, Phase.DONE]
 
@@ -89,8 +107,9 @@ def test_a_stale_nonce_without_a_fresh_one() -> None:
     assert advance(Progress(Phase.ENROLL), Refused(STALE)).phase is Phase.NONCE
 
 
-def test_spent_leads_to_refresh_at_once() -> None:
-    progress = advance(Progress(Phase.ENROLL), Refused(SPENT, 0.0))
+@pytest.mark.parametrize("phase", [Phase.ENROLL, Phase.REJOIN])
+def test_spent_leads_to_refresh_at_once(phase: Phase) -> None:
+    progress = advance(Progress(phase, due=phase), Refused(SPENT, 0.0))
     assert (progress.phase, progress.due, progress.wait_s) == (Phase.NONCE, Phase.REFRESH, 0.0)
     assert advance(progress, Done("n")).phase is Phase.REFRESH
 
@@ -106,8 +125,9 @@ def test_an_unknown_se_enrolls_where_it_can() -> None:
 @pytest.mark.parametrize("phase", sorted(ASKING | {Phase.NONCE}))
 def test_no_refusal_is_an_end(phase: Phase, refusal: Refusals) -> None:
     progress = advance(Progress(phase, due=phase), Refused(refusal.value.code, 3.0))
-    assert progress.phase is Phase.NONCE
-    assert progress.wait_s == (0.0 if refusal is Refusals.SPENT and phase is Phase.ENROLL else 3.0)
+    by_enrolling = phase in {Phase.ENROLL, Phase.REJOIN}
+    assert progress.phase is (Phase.SEED if by_enrolling and refusal in BY_TOKEN else Phase.NONCE)
+    assert progress.wait_s == (0.0 if refusal is Refusals.SPENT and by_enrolling else 3.0)
 
 
 def test_a_refusal_without_a_time_waits_by_the_back_off() -> None:

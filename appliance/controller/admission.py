@@ -263,7 +263,7 @@ class Admission:
             if record.status is SeStatus.PENDING and status is not SeStatus.ENROLLED:
                 changed, also = self._freed(changed)
             elif status is SeStatus.PENDING:
-                also = [_used(self._image_key(record.image_key_id), 1)]
+                also = self._uses(record, 1)
             detail = f"{reason}; {record.thumbprint}" if doing is Act.APPROVE else reason
             await self._registry.commit(
                 changed, *also, actor=actor, action=f"se.{_VERBS[doing]}", subject=se_id, detail=detail
@@ -272,11 +272,16 @@ class Admission:
 
     def _freed(self, record: SeRecord) -> tuple[SeRecord, list[Record]]:
         """Returns `record` without what its request took, and what it took as it is free again."""
-        freed: list[Record] = [_used(self._image_key(record.image_key_id), -1)]
+        freed = self._uses(record, -1)
         token = self._registry.token(record.token) if record.token else None
         if token is not None:
             freed.append(msgspec.structs.replace(token, taken_by="", taken_at=0))
         return msgspec.structs.replace(record, token=""), freed
+
+    def _uses(self, record: SeRecord, times: int) -> list[Record]:
+        """An SE's image key with so many uses more; nothing where it was made after the backup of a restored node."""
+        key = self._registry.image_key(record.image_key_id)
+        return [_used(key, times)] if key else []
 
     async def lapse(self) -> list[SeRecord]:
         """Forgets requests that waited too long; an SE that still lives asks anew. Returns them. Raises as `enroll`."""

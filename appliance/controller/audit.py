@@ -1,13 +1,17 @@
 """The audit: an append-only, hash-chained record of what was decided, one chain for each node.
 
 An entry is written in the transaction of what it tells about, so there is never one without the other. The chain's
-rules are pure and live in `protocol.audit`; this module prepares the compares and operations that extend it.
+rules are pure and live in `protocol.audit`; this module prepares the compares and operations that extend it. After a
+restore the sequence goes on in a new segment, whose first entry names the cluster.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from appliance.controller import records
 from appliance.controller.store.port import Compare, Put, Store
+from appliance.errors import StateMachineError
 from appliance.protocol import audit as chain
 from appliance.protocol.operator import AuditEntry, AuditVerdict
 
@@ -27,10 +31,11 @@ class Audit:
         self._store = store
         self._node = node
         self._epoch = epoch
+        self._cluster_id = cluster_id
         self._head_key = f"{HEAD_PREFIX}{node}"
-        self._genesis = chain.genesis(cluster_id, node, epoch)
-        self.head = self._genesis
+        self.head = chain.genesis(cluster_id, node, epoch)
         self.count = 0
+        self._newest_epoch = epoch
 
     async def load(self) -> None:
         """Finds the chain's end."""
@@ -39,6 +44,9 @@ class Audit:
             return
         text, _, sequence = head.value.decode().partition(" ")
         self.head, self.count = text, int(sequence)
+        newest = await self.entry(self.count)
+        if newest is not None:
+            self._newest_epoch = newest.epoch
 
     def _head_value(self) -> bytes:
         return f"{self.head} {self.count}".encode()
@@ -47,6 +55,11 @@ class Audit:
         self, *, at: float, actor: str, action: str, subject: str, detail: str = ""
     ) -> tuple[AuditEntry, list[Compare], list[Put]]:
         """Returns the next entry with what must hold and what to write; `committed` makes it the head."""
+        previous = self.head
+        if self._newest_epoch != self._epoch:
+            if subject != self._cluster_id:
+                raise StateMachineError(f"a segment of the audit begins with {subject!r}, not with its cluster")
+            previous = chain.genesis(self._cluster_id, self._node, self._epoch, after=self.head)
         entry = chain.seal(
             AuditEntry(
                 sequence=self.count + 1,
@@ -57,7 +70,7 @@ class Audit:
                 action=action,
                 subject=subject,
                 detail=detail,
-                previous=self.head,
+                previous=previous,
             )
         )
         if self.count:
@@ -72,7 +85,12 @@ class Audit:
 
     def committed(self, entry: AuditEntry) -> None:
         """The transaction with `entry` was committed."""
-        self.head, self.count = entry.hash, entry.sequence
+        self.head, self.count, self._newest_epoch = entry.hash, entry.sequence, entry.epoch
+
+    async def entry(self, sequence: int) -> AuditEntry | None:
+        """Returns the entry of that number."""
+        found = await self._store.get(_entry_key(self._node, sequence))
+        return records.decode(found.value, AuditEntry, found.key) if found else None
 
     async def read(self, *, after: int = 0, limit: int = PAGE) -> list[AuditEntry]:
         """Returns entries with a sequence above `after`, oldest first."""
@@ -85,4 +103,9 @@ class Audit:
         entries: list[AuditEntry] = []
         while page := await self.read(after=entries[-1].sequence if entries else 0):
             entries += page
-        return chain.verify(entries, start=self._genesis, head=self.head)
+        return chain.verify(entries, start=start_of(self._cluster_id, self._node, entries), head=self.head)
+
+
+def start_of(cluster_id: str, node: int, entries: Sequence[AuditEntry]) -> str:
+    """Returns the genesis that a node's chain must begin with; its first entry says of which epoch."""
+    return chain.genesis(cluster_id, node, entries[0].epoch) if entries else ""

@@ -44,9 +44,9 @@ class Publication:
         """Its version."""
         return self._material.trust.version
 
-    def publish(self, **changes: Any) -> TrustDocument:
+    def publish(self, *, at_least: int = 0, **changes: Any) -> TrustDocument:
         """Puts a new version with `changes` (fields of `TrustDocument`) in force; none are needed where nothing
-        differs.
+        differs. Its number is one more, and `at_least` so high.
 
         Raises:
             StorageError: it could not be stored; the one in force stays.
@@ -55,7 +55,7 @@ class Publication:
         if all(getattr(material.trust, name) == value for name, value in changes.items()):
             return material.trust
         document = msgspec.structs.replace(
-            material.trust, version=self.version + 1, signed_at=int(self._wall()), **changes
+            material.trust, version=max(self.version + 1, at_least), signed_at=int(self._wall()), **changes
         )
         body = strict_json.encode(document)
         envelope = combine([authority.sign(TRUST_TYPE, body) for authority in material.signers])

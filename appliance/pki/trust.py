@@ -1,4 +1,4 @@
-"""Verifies trust documents and receipts: takes bytes and anchors, returns a verdict; no socket, no file, no clock.
+"""Verifies trust documents, receipts and audit heads: bytes and anchors in, a verdict out; no socket, file or clock.
 
 The rules of a trust document, in this order:
 
@@ -24,12 +24,15 @@ from appliance.pki.certificate import certificate_terms
 from appliance.pki.envelope import verify_envelope
 from appliance.pki.ssh_keys import parse_public
 from appliance.protocol import strict_json
-from appliance.protocol.address import MAX_NODE_NUMBER, parse_endpoint
+from appliance.protocol.address import MAX_NODE_NUMBER, MAX_SE_NUMBER, parse_endpoint
 from appliance.protocol.enroll import is_se_id
+from appliance.protocol.seed import Hints, check_hints
 from appliance.protocol.trust import (
+    AUDIT_HEAD_TYPE,
     MAX_TRUST_BYTES,
     RECEIPT_TYPE,
     TRUST_TYPE,
+    AuditHead,
     Envelope,
     Receipt,
     TrustDocument,
@@ -38,6 +41,7 @@ from appliance.protocol.trust import (
 
 MAX_ROOTS: Final = 4
 MAX_RECEIPT_BYTES: Final = 4 * 1024
+MAX_HEAD_BYTES: Final = 1024
 
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
@@ -82,7 +86,26 @@ def verify_receipt(envelope: Envelope, anchors: Sequence[str]) -> Receipt:
     _check_cluster("receipt", receipt.cluster_id, anchors)
     if not is_se_id(receipt.se_id):
         raise TrustError("receipt: se_id is no random UUID")
+    if not 1 <= receipt.number <= MAX_SE_NUMBER:
+        raise TrustError(f"receipt: SE number {receipt.number} is outside 1..{MAX_SE_NUMBER}")
+    if problems := check_hints(Hints(name=receipt.name, labels=receipt.labels)):
+        raise TrustError(f"receipt: {problems[0]}")
     return receipt
+
+
+def verify_audit_head(envelope: Envelope, anchors: Sequence[str]) -> AuditHead:
+    """Returns the audit head in `envelope` where one of `anchors` (PEM roots) signed it for their own cluster.
+
+    Raises:
+        TrustError: signature, type, cluster or form.
+        MalformedError: the body is no audit head.
+    """
+    body = verify_envelope(envelope, AUDIT_HEAD_TYPE, anchors)
+    head = strict_json.decode(body, AuditHead, max_bytes=MAX_HEAD_BYTES)
+    _check_cluster("audit head", head.cluster_id, anchors)
+    if not 1 <= head.node <= MAX_NODE_NUMBER or head.epoch < 0 or head.sequence < 0 or not _DIGEST.fullmatch(head.hash):
+        raise TrustError("audit head: node, epoch, sequence or hash is of no chain")
+    return head
 
 
 def _other_cluster(what: str, got: str, expected: str) -> TrustError:

@@ -2,17 +2,22 @@
 
     previous(1) = genesis(cluster, node, epoch)        previous(n) = hash(n - 1)        hash(n) = SHA-256(canonical(n))
 
+A controller restored from a backup begins a new segment: its sequence goes on, its epoch is a higher one, and
+previous(n) = genesis(cluster, node, epoch, after=hash(n - 1)), with the cluster as the entry's subject.
+
 `verify` walks entries in the order given and stops at the first that does not follow: changed (its content does not
 give its hash), removed (a sequence number is missing), moved (the missing number stands further down), inserted (a
 number stands twice, or an entry with a right hash does not continue the one before it).
 
 A chain alone can't show that its newest entries were cut off, nor that somebody who holds the file wrote all of it
-anew: for that the caller passes the `head` that a witness remembers, and the genesis it computed itself. Where the
-entries are kept and who signs heads is the controller's.
+anew: for that the caller passes what witnesses remember, and the genesis it computed itself. A `trust.AuditHead` is
+such a memory: a root signs it, SEs keep the newest and show it at each hello; `judge_head` says what a controller has
+to think of one. Where the entries are kept and who signs heads is the controller's.
 """
 
 from __future__ import annotations
 
+import enum
 import hashlib
 from collections.abc import Iterable, Iterator
 
@@ -20,11 +25,39 @@ import msgspec
 
 from appliance.protocol import strict_json
 from appliance.protocol.operator import AuditEntry, AuditVerdict
+from appliance.protocol.trust import AuditHead
 
 
-def genesis(cluster_id: str, node: int, epoch: int) -> str:
-    """Returns the `previous` of a chain's first entry, hex."""
-    return hashlib.sha256(f"appliance audit {cluster_id} node {node} epoch {epoch}".encode()).hexdigest()
+class HeadVerdict(enum.Enum):
+    """What a head says about the chain of the node that is shown it."""
+
+    HOLDS = "the chain has it"
+    LOST = "of an epoch before a restore, whose last entries the backup did not have"
+    AHEAD = "newer than the chain: entries were cut off, or the whole node was set back"
+    REWRITTEN = "the chain has another entry in its place"
+
+
+def judge_head(head: AuditHead, entry: AuditEntry | None, *, epoch: int) -> HeadVerdict:
+    """Judges a verified head of this node.
+
+    Args:
+        head: what a witness shows.
+        entry: the chain's entry of that sequence, None where it has none.
+        epoch: the node's own.
+    """
+    if entry is not None and (entry.epoch, entry.hash) == (head.epoch, head.hash):
+        return HeadVerdict.HOLDS
+    if head.epoch < epoch:
+        return HeadVerdict.LOST
+    if entry is None or head.epoch > epoch:
+        return HeadVerdict.AHEAD
+    return HeadVerdict.REWRITTEN
+
+
+def genesis(cluster_id: str, node: int, epoch: int, *, after: str = "") -> str:
+    """Returns the `previous` of the first entry of a chain, or of the segment behind the entry of hash `after`; hex."""
+    words = f"appliance audit {cluster_id} node {node} epoch {epoch}" + (f" after {after}" if after else "")
+    return hashlib.sha256(words.encode()).hexdigest()
 
 
 def canonical(entry: AuditEntry) -> bytes:
@@ -47,7 +80,10 @@ def seal(entry: AuditEntry) -> AuditEntry:
 def _fault(entry: AuditEntry, last: AuditEntry, rest: Iterator[AuditEntry]) -> str:
     """Returns what keeps `entry` from standing behind `last`, or "" where it follows."""
     expected = last.sequence + 1
-    if (entry.node, entry.epoch) != (last.node, last.epoch):
+    previous = last.hash
+    if entry.node == last.node and entry.epoch > last.epoch:
+        previous = genesis(entry.subject, entry.node, entry.epoch, after=last.hash)
+    elif (entry.node, entry.epoch) != (last.node, last.epoch):
         return (
             f"entry {entry.sequence} is of the chain of node {entry.node}, epoch {entry.epoch}; "
             f"node {last.node}, epoch {last.epoch} expected"
@@ -59,19 +95,22 @@ def _fault(entry: AuditEntry, last: AuditEntry, rest: Iterator[AuditEntry]) -> s
         return f"{span} removed: {entry.sequence} stands behind {last.sequence}"
     if entry.sequence < expected:
         return f"entry {entry.sequence} stands behind {last.sequence}: one was inserted, or moved here"
-    if entry.previous != last.hash:
+    if entry.previous != previous:
         return f"entry {entry.sequence} does not continue entry {last.sequence}: one of them was inserted or replaced"
     return ""
 
 
-def verify(entries: Iterable[AuditEntry], *, start: str = "", head: str = "") -> AuditVerdict:
-    """Checks that `entries`, oldest first, are one unbroken chain of one node and epoch.
+def verify(
+    entries: Iterable[AuditEntry], *, start: str = "", head: str = "", witnesses: Iterable[AuditHead] = ()
+) -> AuditVerdict:
+    """Checks that `entries`, oldest first, are one unbroken chain of one node.
 
     Args:
         entries: read once, so any length will do.
         start: `genesis(...)` where the chain must begin with its first entry; "" trusts the first entry's `previous`,
             for a part of a chain.
         head: hash of the newest entry as a witness remembers it; "" where there is no witness.
+        witnesses: heads whose signatures were verified; each must be among the entries, which may go on behind it.
 
     Returns:
         `entries` is how many hold, counted from the first, and `head` the hash of the last of them; `text` names the
@@ -79,6 +118,7 @@ def verify(entries: Iterable[AuditEntry], *, start: str = "", head: str = "") ->
     """
     held = 0
     last: AuditEntry | None = None
+    awaited = {(witness.node, witness.epoch, witness.sequence): witness for witness in witnesses}
     rest = iter(entries)
     for entry in rest:
         fault = ""
@@ -90,6 +130,9 @@ def verify(entries: Iterable[AuditEntry], *, start: str = "", head: str = "") ->
             fault = f"the chain begins with entry {entry.sequence}: what stood before it was removed"
         elif start and entry.previous != start:
             fault = "the first entry does not begin the chain of this cluster, node and epoch"
+        witness = awaited.pop((entry.node, entry.epoch, entry.sequence), None)
+        if witness is not None and witness.hash != entry.hash and not fault:
+            fault = f"entry {entry.sequence} is another one than the witness remembers: the chain was written anew"
         if fault:
             return AuditVerdict(entries=held, intact=False, text=fault, head=last.hash if last else start)
         held += 1
@@ -97,5 +140,9 @@ def verify(entries: Iterable[AuditEntry], *, start: str = "", head: str = "") ->
     reached = last.hash if last else start
     if head and head != reached:
         text = f"the newest entry has hash {reached[:12]}…, the witness remembers {head[:12]}…: entries were cut off"
+        return AuditVerdict(entries=held, intact=False, text=text, head=reached)
+    for witness in awaited.values():
+        text = f"the witness remembers entry {witness.sequence} of node {witness.node}, epoch {witness.epoch}"
+        text += ": it is not among these, entries were cut off"
         return AuditVerdict(entries=held, intact=False, text=text, head=reached)
     return AuditVerdict(entries=held, intact=True, text="the chain is unbroken", head=reached)

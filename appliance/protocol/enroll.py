@@ -101,7 +101,17 @@ class EnrollRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     token: str = ""
 
 
-class RefreshRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Claim(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What an SE shows to a controller that may not know it any more: restored from an older backup."""
+
+    receipt: Envelope
+    """As it came with the grant."""
+    se_key: str
+    host_keys: list[str]
+    facts: InstanceFacts
+
+
+class RefreshRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """Payload of the one-signature JWS by the SE's key."""
 
     audience: str
@@ -109,6 +119,7 @@ class RefreshRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     se_id: str
     agent_version: str
     attempt_id: str
+    claim: Claim | None = None
 
 
 class Grant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -192,7 +203,7 @@ class Refusals(Refusal, enum.Enum):
         "ENROLL-022",
         404,
         "The SE is not known",
-        "Enroll with an image key. A controller restored from a backup may not know newer SEs.",
+        "Enroll with an image key. If the controller was restored: `appliance controller recovery begin` there.",
         60,
     )
     UNAVAILABLE = Refusal("ENROLL-023", 503, "The controller can't store right now", "See `appliance doctor`.", 5)
@@ -217,6 +228,13 @@ class Refusals(Refusal, enum.Enum):
         60,
     )
     HOOK = Refusal("ENROLL-036", 403, "The enroll hook refused", "Ask who runs the program of `enroll_hook`.", 60)
+    RECEIPT = Refusal(
+        "ENROLL-037",
+        403,
+        "The receipt does not hold",
+        "It is for another SE, key or cluster, or not older than the controller's restore; enroll the VM anew.",
+        60,
+    )
 
     def problem(self, *, detail: str = "", nonce: str = "") -> Problem:
         """Returns the problem document of this refusal (RFC 9457)."""
@@ -314,7 +332,7 @@ def _refuse(refusal: Refusals) -> Verdict:
     return Verdict(Decision.REFUSE, refusal)
 
 
-_BY_STATUS = {
+REFUSED_STATUS = {
     SeStatus.REVOKED: Refusals.REVOKED,
     SeStatus.REJECTED: Refusals.REJECTED,
     SeStatus.QUARANTINED: Refusals.QUARANTINED,
@@ -403,8 +421,8 @@ def decide(
     known = by_id or by_key  # both name this se_id; an index that lost one of them must not enroll it a second time
     if known is None:
         return decide_unknown(terms, source=source, now=now, evidence=evidence)
-    if known.status in _BY_STATUS:
-        return _refuse(_BY_STATUS[known.status])
+    if known.status in REFUSED_STATUS:
+        return _refuse(REFUSED_STATUS[known.status])
     if known.thumbprint != thumbprint:
         return _refuse(Refusals.CONFLICT)
     if known.status is SeStatus.PENDING:
@@ -418,8 +436,8 @@ def decide_refresh(known: Known | None) -> Verdict:
     """Decides for a refresh: the SE's key alone, no image key."""
     if known is None:
         return _refuse(Refusals.SE_UNKNOWN)
-    if known.status in _BY_STATUS:
-        return _refuse(_BY_STATUS[known.status])
+    if known.status in REFUSED_STATUS:
+        return _refuse(REFUSED_STATUS[known.status])
     if known.status is SeStatus.PENDING:
         return Verdict(Decision.PENDING)
     return Verdict(Decision.GRANT_AGAIN)
@@ -434,8 +452,8 @@ def decide_rejoin(
     known = by_id or by_key
     if known is None:
         return _refuse(Refusals.SE_UNKNOWN)
-    if known.status in _BY_STATUS:
-        return _refuse(_BY_STATUS[known.status])
+    if known.status in REFUSED_STATUS:
+        return _refuse(REFUSED_STATUS[known.status])
     if known.status is SeStatus.PENDING:
         return _refuse(Refusals.CONFLICT)
     if known.thumbprint == thumbprint:

@@ -67,7 +67,7 @@ class TrustDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     cluster_id: str
     version: int
     epoch: int
-    """Grows when a controller was restored from a backup."""
+    """Grows when a controller was restored from a backup, to the second in which that was done."""
     signed_at: int
     roots: list[str]
     """PEM certificates: the one in use, then the next."""
@@ -90,12 +90,27 @@ class Receipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     image_key_id: str
     epoch: int
     issued_at: int
+    name: str = ""
+    labels: dict[str, str] = {}
+
+
+class AuditHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How far a node's audit chain had got; SEs keep the newest as witnesses (`protocol.audit`)."""
+
+    cluster_id: str
+    node: int
+    epoch: int
+    sequence: int
+    hash: str
+    time: int
+    """When it was signed, seconds since 1970."""
 
 
 def replaces(new: TrustDocument, current: TrustDocument | None) -> bool:
     """Decides whether a verified `new` document takes the place of `current`.
 
-    An older version is kept out (rollback), an equal one changes nothing.
+    An older version is kept out (rollback), an equal one changes nothing. A controller restored from a backup goes on
+    with a version above all that its predecessor can have reached (docs/adr/0009).
 
     Raises:
         TrustError: `new` speaks for another cluster.

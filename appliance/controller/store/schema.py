@@ -73,7 +73,7 @@ def open_database(path: Path) -> sqlite3.Connection:
             raise StoreError(f"the store {path} is empty: it was truncated", hint=_RESTORE.format(path=path))
         connection = connect(path)
         try:
-            _check(connection, path)
+            check(connection, path)
             _migrate(connection)
         except BaseException:
             connection.close()
@@ -130,7 +130,8 @@ def _create(path: Path) -> None:
     sync_directory(path.parent)
 
 
-def _check(connection: sqlite3.Connection, path: Path) -> None:
+def check(connection: sqlite3.Connection, path: Path) -> None:
+    """Raises `StoreError` or `DowngradeError` for what is no undamaged store of this version."""
     (application_id,) = connection.execute("PRAGMA application_id").fetchone()
     if application_id != APPLICATION_ID:
         raise StoreError(

@@ -40,6 +40,7 @@ from appliance.controller.operator_enroll import AdmissionApi
 from appliance.controller.operator_trust import TrustApi
 from appliance.controller.rate import Rates
 from appliance.controller.registry import Registry
+from appliance.controller.renewal import Renewal
 from appliance.controller.reverse import ReversePath
 from appliance.controller.rotation import Kind, Rotation, resume_files
 from appliance.controller.sockets import Bound, Sockets, open_sockets, port_of, raise_descriptor_limit
@@ -50,7 +51,7 @@ from appliance.controller.tokens import Tokens
 from appliance.controller.trust import Publication
 from appliance.controller.tunnel import Gateway
 from appliance.controller.web import Endpoint, Request, StreamingResponse, application
-from appliance.errors import ApplianceError, StorageError, TrustError
+from appliance.errors import StorageError, TrustError
 from appliance.paths import Paths
 from appliance.pki import ssh_keys, tls
 from appliance.protocol import enroll as enroll_said
@@ -71,7 +72,7 @@ from appliance.storage.lock import RootLock
 _log = logging.getLogger(__name__)
 
 OPERATOR_BODY_BYTES = 64 * 1024
-RENEW_LOOK_S = 3600.0
+IMAGE_KEY_WARNING_S = 7 * 86400
 STOP_WAIT_S = 3.0
 """How long a stop waits for closed links to be gone."""
 
@@ -207,8 +208,7 @@ class Controller:
         self.tls_context = self._tls_context()
         self.acceptor: asyncssh.SSHAcceptor | None = None
         self.stopping = asyncio.Event()
-        self.recheck = asyncio.Event()
-        """Set by SIGHUP: look at the node certificate now."""
+        self.renewal = Renewal(self.material, self.tls_context, self.events, expiries=self._expiries, wall=clock.now)
 
     def _front(
         self, title: str, endpoints: list[Endpoint], max_header: int, max_body: int, *, keep_alive_s: int
@@ -228,6 +228,18 @@ class Controller:
             return tls.server_context(files.node_certificate, files.node_key)
 
     # What other parts ask for.
+
+    def _expiries(self) -> dict[str, float]:
+        found: dict[str, float] = {
+            "root CA": self.material.authority.expires_at,
+            "node certificate": self.material.node_certificate_expires_at,
+        }
+        now = self.clock.now()
+        for key in self.registry.image_keys():
+            # An image key lives a month by default: it would be warned of from its first day on.
+            if key.is_active(now) and key.expires_at - now < IMAGE_KEY_WARNING_S:
+                found[f"image key {key.image_key_id}"] = key.expires_at
+        return found
 
     def _has_room(self) -> bool:
         return shutil.disk_usage(self.paths.controller_state).free >= self.settings.controller.disk_reserve_bytes
@@ -281,10 +293,7 @@ class Controller:
         found = problems.find(
             self.registry,
             self.fleet,
-            expiries={
-                "root CA": self.material.authority.expires_at,
-                "node certificate": self.material.node_certificate_expires_at,
-            },
+            expiries=self._expiries(),
             short_of_bytes=0 if self._has_room() else self.settings.controller.disk_reserve_bytes,
             clock_is_synchronised=self.clock.synchronised(),
             now=self.clock.now(),
@@ -331,8 +340,7 @@ class Controller:
         now = int(self.clock.now())
         for nonce in self.registry.used_nonces:
             self.nonces.use(nonce, now)
-        if self.material.renewal_due(self.clock.now()):
-            self._renew()
+        self.renewal.look()
         listener = TlsListener(
             self.sockets.enroll,
             self.tls_context,
@@ -381,7 +389,7 @@ class Controller:
             ("reverse", self.reverse.run(self.sockets.reverse)),
             ("watch", self.fleet.watch()),
             ("tending", self._tend()),
-            ("renewal", self._renewal()),
+            ("renewal", self.renewal.run()),
             ("watchdog", self._watchdog()),
         ]
 
@@ -407,28 +415,6 @@ class Controller:
         text = f"TLS handshake failed: {error}" if error else "TLS handshake done"
         code = "ENROLL-030" if error else ""
         self.attempts.note(source, Step.TLS, result, at=self.clock.now(), text=text, code=code, hint=hint)
-
-    def _renew(self) -> None:
-        self.material.renew_node_certificate(int(self.clock.now()))
-        tls.reload(self.tls_context, self.material.files.node_certificate, self.material.files.node_key)
-        text = "the node certificate was renewed on the live listener"
-        self.events.emit("enroll", "node.renewed", str(self.material.cluster.node), text)
-
-    async def _renewal(self) -> None:
-        while True:
-            try:
-                async with asyncio.timeout(RENEW_LOOK_S):
-                    await self.recheck.wait()
-            except TimeoutError:
-                pass
-            self.recheck.clear()
-            try:
-                if self.material.renewal_due(self.clock.now()):
-                    self._renew()
-                else:
-                    tls.reload(self.tls_context, self.material.files.node_certificate, self.material.files.node_key)
-            except ApplianceError as error:
-                _log.error("the node certificate could not be renewed: %s", error.message)
 
     async def _tend(self) -> None:
         life_s = self.settings.controller.pending_life_s
@@ -462,7 +448,7 @@ async def _main(paths: Paths, settings: Settings, clock: Clock) -> None:
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, controller.stopping.set)
-            loop.add_signal_handler(signal.SIGHUP, controller.recheck.set)
+            loop.add_signal_handler(signal.SIGHUP, controller.renewal.recheck.set)
             await controller.run()
         finally:
             sockets.close()

@@ -56,6 +56,11 @@ def test_a_tunnel_loads_neither_web_framework_nor_command_line() -> None:
     )
 
 
+def test_a_link_loads_none_of_what_paramiko_can_do_without() -> None:
+    needless = loaded_by("import appliance.se.links") & {*NOT_IN_A_TUNNEL, "invoke", "yaml", "zipfile"}
+    assert not needless, f"appliance.se.links loads {', '.join(sorted(needless))}; see appliance/se/lean_paramiko.py"
+
+
 def test_protocol_loads_no_dependency_but_msgspec() -> None:
     code = "import appliance.protocol.enroll, appliance.protocol.tunnel, appliance.protocol.fleet"
     assert not loaded_by(code) & {*HEAVY, "click", "appliance.runtime"}

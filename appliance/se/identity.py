@@ -182,6 +182,9 @@ class SeState:
             attempt_id=secrets.token_hex(8),
             image_id=image_id,
         )
+        # Those of an identity that was lost: with them this SE would look like a restored copy of itself.
+        remove_durably(self.directory / "tickets.json")
+        self._tickets = TicketBook()
         self._identity_document.save(record)
         self._record, self._identity = record, identity
 

@@ -368,7 +368,12 @@ class Site:
                 return self.is_up(se)
             return False
 
-        until(seen, what=f"{se.name} is UP", deadline_s=deadline_s)
+        try:
+            until(seen, what=f"{se.name} is UP", deadline_s=deadline_s)
+        except AssertionError as error:
+            told = self.controller.command("why", se.name, check=False)
+            tails = (text[-2000:] for text in (told.stdout + told.stderr, self.controller.log.read_text(), se.logged()))
+            raise AssertionError("\n".join((str(error), f"its own state: {se.state}", *tails))) from None
 
     def until_state(self, se: RealSe, state: str, *, deadline_s: float = 20.0) -> None:
         """Waits until the controller tells `state` ("DOWN LINK_LOST" for example)."""

@@ -15,6 +15,7 @@ from appliance.protocol.why import Step, StepResult
 
 CRASH = """
 import os, runpy, sys
+sys.path.insert(0, os.getcwd())
 from appliance.controller import records
 from appliance.controller.store.sqlite import SqliteStore
 

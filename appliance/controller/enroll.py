@@ -16,10 +16,11 @@ from appliance.controller.admission import Admission, Enrolled
 from appliance.controller.attempts import Attempts
 from appliance.controller.events import Events
 from appliance.controller.hook import EnrollHook, Facts
-from appliance.controller.material import Material
 from appliance.controller.nonce import Nonces
 from appliance.controller.rate import Rates
+from appliance.controller.receipts import Receipts
 from appliance.controller.records import SeRecord
+from appliance.controller.recovery import Recovery
 from appliance.controller.registry import Registry
 from appliance.controller.trust import Publication
 from appliance.controller.web import Endpoint, ProblemError, Request
@@ -30,6 +31,7 @@ from appliance.protocol import enroll as said
 from appliance.protocol import jws, seed, strict_json
 from appliance.protocol.address import se_address
 from appliance.protocol.enroll import (
+    Claim,
     Decision,
     EnrollRequest,
     Grant,
@@ -40,7 +42,6 @@ from appliance.protocol.enroll import (
     Refusals,
 )
 from appliance.protocol.strict_json import MalformedError
-from appliance.protocol.trust import RECEIPT_TYPE, Receipt
 from appliance.protocol.why import Step, StepResult
 
 _log = logging.getLogger(__name__)
@@ -66,7 +67,8 @@ class EnrollApi:
         on_replaced: Callable[[SeRecord], None],
         cluster_id: str,
         epoch: int,
-        material: Material,
+        receipts: Receipts,
+        recovery: Recovery,
         trust: Publication,
         nonces: Nonces,
         rates: Rates,
@@ -84,7 +86,8 @@ class EnrollApi:
         self._attempts = attempts
         self._cluster_id = cluster_id
         self._epoch = epoch
-        self._material = material
+        self._receipts = receipts
+        self._recovery = recovery
         self._trust = trust
         self._nonces = nonces
         self._rates = rates
@@ -221,11 +224,11 @@ class EnrollApi:
         except StorageError as error:
             raise self._not_stored(request, wish, error) from None
 
-    def _not_stored(self, request: Request, wish: EnrollRequest, error: StorageError) -> ProblemError:
+    def _not_stored(self, request: Request, wish: EnrollRequest | RefreshRequest, error: StorageError) -> ProblemError:
         _log.error("could not store an enrollment: %s", error.message, extra={"stage": "enroll"})
         return self._refusal(request, Refusals.UNAVAILABLE, error.message, said_id=wish.se_id)
 
-    def _accepted(self, request: Request, wish: EnrollRequest, outcome: Enrolled) -> SeRecord:
+    def _accepted(self, request: Request, wish: EnrollRequest | RefreshRequest, outcome: Enrolled) -> SeRecord:
         """Returns the record to answer with. Raises the refusal where there is none."""
         if outcome.record is not None:
             return outcome.record
@@ -236,7 +239,10 @@ class EnrollApi:
         raise self._refusal(request, refusal, said_id=wish.se_id)
 
     async def refresh(self, request: Request, raw: bytes) -> tuple[int, Grant | Pending]:
-        """The current grant, for an SE that is enrolled already: its own key is enough."""
+        """The current grant, for an SE that is enrolled already: its own key is enough.
+
+        After a restore, one that isn't known, or not as approved, may show its receipt with it.
+        """
         self._limit(request, Step.GRANT)
         try:
             signed = jws.parse(raw, types=("se",))
@@ -245,6 +251,8 @@ class EnrollApi:
             raise self._refusal(request, Refusals.MALFORMED, error.message) from None
         (by_se,) = signed.signatures
         record = self._registry.se_by_key(by_se.header.kid)
+        if self._recovery.is_active and wish.claim is not None and _is_claim(record, wish):
+            return await self._claimed(request, wish, wish.claim, by_se)
         if record is None or record.se_id != wish.se_id:
             raise self._refusal(request, Refusals.SE_UNKNOWN, said_id=wish.se_id)
         if not signatures.verify(by_se, record.se_key):
@@ -254,6 +262,35 @@ class EnrollApi:
         if verdict.refusal is not None:
             raise self._refusal(request, verdict.refusal, said_id=wish.se_id)
         return self._answer(request, record, wish.attempt_id, 200, again=True)
+
+    async def _claimed(
+        self, request: Request, wish: RefreshRequest, claim: Claim, by_se: jws.Signature
+    ) -> tuple[int, Grant | Pending]:
+        """An SE that shows its receipt to this restored controller: it waits for approval under its old number."""
+        try:
+            check_claim(wish, claim)
+            thumbprint = ssh_keys.fingerprint(claim.se_key)
+        except MalformedError as error:
+            raise self._refusal(request, Refusals.MALFORMED, error.message, said_id=wish.se_id) from None
+        if by_se.header.kid != thumbprint or not signatures.verify(by_se, claim.se_key):
+            raise self._refusal(request, Refusals.SIGNATURE, "by the SE's key", said_id=wish.se_id)
+        self._check_freshness(request, wish.audience, wish.nonce)
+        if not self._may_store():
+            raise self._refusal(request, Refusals.UNAVAILABLE, "the disk is nearly full", said_id=wish.se_id)
+        try:
+            receipt = self._receipts.check(claim.receipt)
+        except (TrustError, MalformedError) as error:
+            raise self._refusal(request, Refusals.RECEIPT, error.message, said_id=wish.se_id) from None
+        try:
+            outcome = await self._recovery.claim(
+                wish, receipt, thumbprint=thumbprint, source=request.state.source, epoch=self._epoch
+            )
+        except StorageError as error:
+            raise self._not_stored(request, wish, error) from None
+        record = self._accepted(request, wish, outcome)
+        if outcome.is_new:
+            self._on_replaced(record)
+        return self._answer(request, record, wish.attempt_id, 200, again=not outcome.is_new)
 
     def _check_freshness(self, request: Request, audience: str, nonce: str) -> None:
         if audience != self._cluster_id:
@@ -296,15 +333,6 @@ class EnrollApi:
 
     def grant(self, record: SeRecord) -> Grant:
         """An SE's grant as it stands now, with a receipt signed for it."""
-        receipt = Receipt(
-            cluster_id=self._cluster_id,
-            se_id=record.se_id,
-            thumbprint=record.thumbprint,
-            number=record.number,
-            image_key_id=record.image_key_id,
-            epoch=self._epoch,
-            issued_at=int(record.enrolled_at),
-        )
         return Grant(
             cluster_id=self._cluster_id,
             se_id=record.se_id,
@@ -312,7 +340,7 @@ class EnrollApi:
             number=record.number,
             address=se_address(record.number),
             trust=self._trust.envelope,
-            receipt=self._material.authority.sign(RECEIPT_TYPE, strict_json.encode(receipt)),
+            receipt=self._receipts.sign(record),
             heartbeat_interval_s=self._interval_s(),
         )
 
@@ -333,6 +361,29 @@ def _facts(wish: EnrollRequest, thumbprint: str, image_key_id: str, source: str)
 def _attempt(request: Request) -> str:
     text = request.headers.get(said.ATTEMPT_HEADER, "")
     return text if said.is_attempt_id(text) else ""
+
+
+def _is_claim(record: SeRecord | None, wish: RefreshRequest) -> bool:
+    """Whether a receipt says more than the store: of an SE that isn't known by its key, or waits for approval."""
+    if record is None or record.se_id != wish.se_id:
+        return True
+    return record.status is said.SeStatus.PENDING and not record.receipt_epoch
+
+
+def check_claim(wish: RefreshRequest, claim: Claim) -> None:
+    """Refuses a claim whose fields don't hold, as `check_request` does. Raises `MalformedError`."""
+    check_request(
+        EnrollRequest(
+            audience=wish.audience,
+            nonce=wish.nonce,
+            se_id=wish.se_id,
+            se_key=claim.se_key,
+            host_keys=claim.host_keys,
+            facts=claim.facts,
+            agent_version=wish.agent_version,
+            attempt_id=wish.attempt_id,
+        )
+    )
 
 
 def check_request(wish: EnrollRequest) -> None:

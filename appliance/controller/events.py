@@ -27,6 +27,8 @@ class Events:
         self._arrived = asyncio.Event()
         self.counts: Counter[str] = Counter()
         """Events since start, by kind."""
+        self.listeners: list[Callable[[Event], None]] = []
+        """Told each event at once; none of them may wait."""
 
     def emit(self, stage: str, kind: str, subject: str, text: str) -> None:
         """Appends an event, logs it, wakes who waits."""
@@ -35,6 +37,8 @@ class Events:
         self._kept.append(event)
         self.counts[kind] += 1
         _log.info(text, extra={"stage": stage, "kind": kind, "subject": subject})
+        for listener in self.listeners:
+            listener(event)
         self._arrived.set()
         self._arrived = asyncio.Event()
 

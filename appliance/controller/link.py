@@ -50,6 +50,7 @@ class Link:
 
     __slots__ = (
         "agent_version",
+        "audit_seen",
         "channels",
         "confirmed",
         "conn",
@@ -110,6 +111,8 @@ class Link:
         self.skew_s = 0.0
         self.spool_bytes = 0
         self.trust_version = 0
+        self.audit_seen = 0
+        """Sequence of the newest audit head that was sent over it."""
         self.agent_version = ""
         self.reverse_granted = False
         """The SE asked for its own reverse address."""

@@ -171,6 +171,11 @@ class Material:
         )
 
     @property
+    def anchors(self) -> list[str]:
+        """PEM of all roots whose signatures count here: those of the trust document, and a former one that is kept."""
+        return [*self.trust.roots, *([self.former.certificate_pem.decode()] if self.former else [])]
+
+    @property
     def signers(self) -> list[Authority]:
         """Who signs a trust document: the root, and during and after a change of root the other one too."""
         return [entry for entry in (self.authority, self.successor, self.former) if entry is not None]

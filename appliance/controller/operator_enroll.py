@@ -114,6 +114,8 @@ class AdmissionApi:
             asked_at=record.enrolled_at,
             lapses_at=self._admission.lapses_at(record),
             facts=record.facts,
+            receipt_epoch=record.receipt_epoch,
+            receipt_fault=record.receipt_fault,
         )
 
     async def _act(self, request: Request, doing: Act, reason: str) -> SeDetail:
@@ -143,6 +145,10 @@ class AdmissionApi:
             advice = "compare it with the one on the VM's console; if they differ, reject the SE"
             raise ProblemError(simple_problem(409, UsageError.code, title, advice=advice))
         return await self._do(found, Act.APPROVE, actor=request.state.actor, reason=body.reason)
+
+    async def approve_record(self, record: SeRecord, actor: str, reason: str) -> SeDetail:
+        """Lets in one of many."""
+        return await self._do(record, Act.APPROVE, actor=actor, reason=reason)
 
     async def reject(self, request: Request, body: Reasoned) -> SeDetail:
         """Keeps out an SE that waits for approval; what its request took is free again."""

@@ -64,6 +64,8 @@ class SeRecord(msgspec.Struct, frozen=True, kw_only=True):
     status_at: float = 0.0
     token: str = ""
     """Digest of the token it holds or used, "" for none."""
+    key_at: float = 0.0
+    """When its key took the place of the one it enrolled with."""
     receipt_epoch: int = 0
     """Of the receipt by which it came back to a restored controller, 0 where it needed none."""
     receipt_fault: str = ""
@@ -73,6 +75,11 @@ class SeRecord(msgspec.Struct, frozen=True, kw_only=True):
     def store_key(self) -> str:
         """Where it is stored."""
         return se_key(self.se_id)
+
+    @property
+    def key_since(self) -> float:
+        """Since when its key is its key."""
+        return max(self.enrolled_at, self.key_at)
 
     @property
     def known(self) -> Known:

@@ -100,7 +100,7 @@ class Recovery:
                 thumbprint,
                 epoch=epoch,
                 by_id=known.known if known else None,
-                since=int(known.enrolled_at) if known else 0,
+                since=int(known.key_since) if known else 0,
                 by_key=by_key.known if by_key else None,
             )
             if refusal is not None:

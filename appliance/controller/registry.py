@@ -28,6 +28,7 @@ from appliance.pki.image_key import create_image_key
 from appliance.protocol.address import se_number
 from appliance.protocol.enroll import NONCE_LIFE_S, InstanceFacts, SeStatus
 from appliance.protocol.operator import ImageKeyTermsWish
+from appliance.storage.reserve import Reserve
 
 _log = logging.getLogger(__name__)
 
@@ -66,6 +67,8 @@ class Registry:
         """Thumbprints of node, login and image keys, which no SE may use."""
         self._lease = (0, 0.0)
         """The lease that newly used nonces share, and the time after which a new one is taken."""
+        self.reserve_space: Reserve | None = None
+        """Disk space to be given up where the disk is too full for an audited change."""
         self.used_nonces: list[str] = []
         """Nonces that were used before this process started and may still be fresh."""
 
@@ -263,7 +266,7 @@ class Registry:
         entry, audit_compares, audit_writes = self.audit.prepare(
             at=self._wall(), actor=actor, action=action, subject=subject, detail=detail
         )
-        revision = await self._txn([*checks, *audit_compares], [*puts, *audit_writes])
+        revision = await self._audited_txn([*checks, *audit_compares], [*puts, *audit_writes])
         self.audit.committed(entry)
         for record in changed:
             self._remember(record, revision)
@@ -292,6 +295,18 @@ class Registry:
         """Stores that a nonce was used, with nothing else. Raises as `commit`."""
         unused, used = await self.nonce_used(nonce, self._wall())
         await self._txn([unused], [used])
+
+    async def _audited_txn(self, compares: Sequence[Compare], writes: Sequence[Op]) -> int:
+        """As `_txn`; where the disk is full, the space that is held back for this is given up, once."""
+        try:
+            return await self._txn(compares, writes)
+        except StoreError as error:
+            space = self.reserve_space
+            if not error.retryable or space is None or not space.is_needed or not space.release():
+                raise
+            _log.error("the disk is full; space held back for the audit is given up: %s", error.message)
+        # The first try may have happened after all: the compare on the audit's head tells.
+        return await self._txn(compares, writes)
 
     async def _txn(self, compares: Sequence[Compare], writes: Sequence[Op]) -> int:
         """Commits, and notes where memory may be behind the store: a commit that failed can still have happened."""

@@ -125,7 +125,7 @@ def restore(
             )
         if summary.next_number + skip_numbers > MAX_SE_NUMBER:
             raise UsageError(
-                f"{skip_numbers} SE numbers can't be skipped: the next is {summary.next_number}, the last {MAX_SE_NUMBER}",
+                f"{skip_numbers} SE numbers can't be skipped: {summary.next_number} is next, {MAX_SE_NUMBER} the last",
                 hint="pass --skip-numbers with more than were given out since the backup",
             )
         if staging.state.exists():

@@ -19,6 +19,10 @@
     GET  /v1/audit?after=N&limit=M           list[AuditEntry]
     GET  /v1/audit/verify                    AuditVerdict
     GET  /v1/ses/{se}/telemetry?since=T      list[Sample]             (protocol.telemetry) recent history, oldest first
+    POST /v1/audit/head                      Envelope                 (protocol.trust) the newest entry, signed
+    GET  /v1/recovery                        RecoveryView
+    POST /v1/recovery/begin|end              RecoveryView             body: Reasoned
+    POST /v1/recovery/approve                ReceiptsApproved         body: Reasoned
     GET  /v1/rotations                       list[RotationView]
     POST /v1/rotations/{kind}/begin          RotationView             body: Reasoned; also abort, forget
     POST /v1/rotations/{kind}/finish         RotationView             body: Finish
@@ -157,6 +161,10 @@ class PendingView(msgspec.Struct, kw_only=True):
     asked_at: float
     lapses_at: float
     facts: InstanceFacts
+    receipt_epoch: int = 0
+    """Of the receipt that it showed to a restored controller, 0 where it asks to enroll."""
+    receipt_fault: str = ""
+    """Why `approve --receipts` passes it over."""
 
 
 class TokenWish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -231,6 +239,30 @@ class AuditVerdict(msgspec.Struct, kw_only=True):
     intact: bool
     text: str
     head: str
+
+
+class RecoveryView(msgspec.Struct, kw_only=True):
+    """What a restore left to do; all zero where this controller was never restored. Times are seconds since 1970."""
+
+    is_active: bool = False
+    """Whether receipts are taken."""
+    epoch: int = 0
+    began_at: float = 0.0
+    ended_at: float = 0.0
+    backup_made_at: float = 0.0
+    backup_epoch: int = 0
+    numbers_from: int = 0
+    waiting: list[str] = []
+    """Names of SEs whose receipts hold and that wait for approval."""
+    warnings: list[str] = []
+    """What can't be known, one sentence each."""
+
+
+class ReceiptsApproved(msgspec.Struct, kw_only=True):
+    """Who was let in, and what is left to be thought of."""
+
+    approved: list[SeSummary]
+    warnings: list[str]
 
 
 class RotationView(msgspec.Struct, kw_only=True):

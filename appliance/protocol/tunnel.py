@@ -84,6 +84,8 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """How many links this process made before this one: tells a restart from a reconnect."""
     audit_heads: list[Envelope] = []
     """The newest of this node, one for each epoch, that the SE keeps as a witness."""
+    wants_receipt: bool = False
+    """The SE has no receipt for the key it logged in with: it changed that key, and the answer got lost."""
 
 
 class HelloAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -101,7 +103,9 @@ class HelloAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     trust: Envelope | None = None
     """Only where the SE's is older."""
     audit_head: Envelope | None = None
-    """For the SE to keep (`protocol.audit.AuditHead`)."""
+    """For the SE to keep (`protocol.trust.AuditHead`)."""
+    receipt: Envelope | None = None
+    """Only where the SE wants one."""
 
 
 class Confirm(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -156,6 +160,8 @@ class RotateAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """From now on only the key with this fingerprint logs in."""
 
     thumbprint: str
+    receipt: Envelope | None = None
+    """In place of the one that came with the grant, which names the old key."""
 
 
 def rotation_statement(cluster_id: str, se_id: str, se_key: str) -> bytes:

@@ -113,11 +113,11 @@ class ChannelApi:
             Endpoint("POST", tunnel.HELLO_PATH, self.hello, "Greet", {200: HelloAnswer}, Hello, errors=(400, 403, 409)),
             Endpoint(
                 "POST", tunnel.CONFIRM_PATH, self.confirm, "Confirm the ticket", {200: ConfirmAnswer}, Confirm,
-                errors=(400, 409),
+                errors=(403, 409),
             ),
             Endpoint(
                 "POST", tunnel.HEARTBEAT_PATH, self.heartbeat, "Ping, with telemetry", {200: HeartbeatAnswer},
-                Heartbeat, errors=(400, 409),
+                Heartbeat, errors=(409,),
             ),
             Endpoint(
                 "POST", tunnel.ROTATE_PATH, self.rotate_key, "Take the SE's new key", {200: RotateAnswer}, RotateKey,

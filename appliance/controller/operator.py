@@ -21,7 +21,7 @@ from appliance.controller.init import make_bundle
 from appliance.controller.material import Material
 from appliance.controller.records import ImageKeyRecord, SeRecord
 from appliance.controller.registry import Registry
-from appliance.controller.web import Endpoint, ProblemError, Request, simple_problem
+from appliance.controller.web import MAX_NUMBER, Endpoint, ProblemError, Request, simple_problem
 from appliance.errors import ApplianceError, NotFoundError, UsageError
 from appliance.protocol.enroll import Policy, Refusals, SeStatus
 from appliance.protocol.fleet import SeSummary
@@ -44,8 +44,6 @@ from appliance.protocol.why import Chain, Link, Step, StepResult, verdict
 
 MAX_WAIT_S = 60.0
 MAX_AUDIT_PAGE = 10_000
-MAX_NUMBER = 2.0**53
-"""Of query parameters; also keeps `nan` and `inf` out, which Python reads as numbers."""
 
 
 def _found(error: ApplianceError, status: int) -> ProblemError:

@@ -21,9 +21,14 @@ from appliance import __version__
 from appliance.errors import ApplianceError
 from appliance.protocol import problem as problems
 from appliance.protocol import strict_json
+from appliance.protocol.jws import RawJws
 from appliance.protocol.problem import Problem
 
 JSON = "application/json"
+JOSE = "application/jose+json"
+
+MAX_NUMBER = 2.0**53
+"""Of query parameters, either way; also keeps `nan` and `inf` out, which Python reads as numbers."""
 
 _log = logging.getLogger(__name__)
 
@@ -49,9 +54,10 @@ class Endpoint(NamedTuple):
     answers: dict[int, Any]
     """Status to type of the answer; problems need not be listed."""
     body: Any = None
-    """Struct type of the request body, `bytes` for raw ones, None where there is none."""
+    """Struct type of the request body, `bytes` for a JWS that the handler parses, None where there is none."""
     query: tuple[str, ...] = ()
     errors: tuple[int, ...] = ()
+    """Statuses of the handler's refusals; those of the frame around it (`_runner`) are documented by themselves."""
 
 
 def problem_response(problem: Problem) -> Response:
@@ -79,7 +85,19 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     return bytes(chunks)
 
 
-def _route(endpoint: Endpoint, max_body: int) -> Route:
+def _route(path: str, endpoints: Sequence[Endpoint], max_body: int) -> Route:
+    """One route a path, not one a method: a 405 names all methods of the path."""
+    runs = {entry.method: _runner(entry, max_body) for entry in endpoints if entry.path == path}
+    if "GET" in runs:
+        runs["HEAD"] = runs["GET"]
+
+    async def run(request: Request) -> Response:
+        return await runs[request.method](request)
+
+    return Route(path, run, methods=list(runs), include_in_schema=False)
+
+
+def _runner(endpoint: Endpoint, max_body: int) -> Callable[[Request], Awaitable[Response]]:
     async def run(request: Request) -> Response:
         try:
             body: Any = None
@@ -105,13 +123,16 @@ def _route(endpoint: Endpoint, max_body: int) -> Route:
         status, value = answer if isinstance(answer, tuple) else (next(iter(endpoint.answers)), answer)
         return Response(msgspec.json.encode(value), status_code=status, media_type=JSON)
 
-    return Route(endpoint.path, run, methods=[endpoint.method], include_in_schema=False)
+    return run
 
 
 async def _http_error(_request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     detail = error.detail if isinstance(error, HTTPException) else ""
-    return problem_response(simple_problem(status, f"HTTP-{status}", detail or "The request can't be served"))
+    answer = problem_response(simple_problem(status, f"HTTP-{status}", detail or "The request can't be served"))
+    # A 405 says which methods there are (RFC 9110 section 15.5.6).
+    answer.headers.update(getattr(error, "headers", None) or {})
+    return answer
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
@@ -121,7 +142,7 @@ async def _unexpected(request: Request, error: Exception) -> Response:
 
 def application(title: str, endpoints: Sequence[Endpoint], *, max_body: int, documented: bool = False) -> Starlette:
     """Builds the ASGI application of one front end; `documented` adds GET /v1/openapi.json."""
-    routes = [_route(endpoint, max_body) for endpoint in endpoints]
+    routes = [_route(path, endpoints, max_body) for path in dict.fromkeys(entry.path for entry in endpoints)]
     if documented:
         document = msgspec.json.encode(openapi(title, endpoints))
 
@@ -132,31 +153,44 @@ def application(title: str, endpoints: Sequence[Endpoint], *, max_body: int, doc
     return Starlette(routes=routes, exception_handlers={HTTPException: _http_error, Exception: _unexpected})
 
 
+def _has_defaults(kind: Any) -> bool:
+    """Whether a request without a body means the same as one with `{}`."""
+    return not any(field.required for field in msgspec.structs.fields(kind))
+
+
 def openapi(title: str, endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     """Returns an OpenAPI 3.1 document of `endpoints`, schemas by msgspec (so `additionalProperties: false` stays)."""
-    kinds = [kind for entry in endpoints for kind in (*entry.answers.values(), entry.body) if kind not in {None, bytes}]
+    bodies = [RawJws if entry.body is bytes else entry.body for entry in endpoints]
+    kinds = [
+        kind
+        for entry, body in zip(endpoints, bodies, strict=True)
+        for kind in (*entry.answers.values(), body)
+        if kind not in {None, bytes}
+    ]
     schemas, components = msgspec.json.schema_components([*kinds, Problem], ref_template="#/components/schemas/{name}")
     rendered = iter(schemas)
+    number = {"type": "number", "minimum": -MAX_NUMBER, "maximum": MAX_NUMBER}
     paths: dict[str, Any] = {}
-    for entry in endpoints:
+    for entry, body in zip(endpoints, bodies, strict=True):
         responses: dict[str, Any] = {}
         for status, kind in entry.answers.items():
             responses[str(status)] = {"description": entry.summary}
             if kind not in {None, bytes}:
                 responses[str(status)]["content"] = {JSON: {"schema": next(rendered)}}
         reference = {"$ref": "#/components/schemas/Problem"}
-        for status in entry.errors:
+        around = {503} if body is None else {400, 413, 503}
+        for status in sorted(around.union(entry.errors)):
             content = {problems.CONTENT_TYPE: {"schema": reference}}
             responses[str(status)] = {"description": "problem", "content": content}
         operation: dict[str, Any] = {"summary": entry.summary, "responses": responses}
         names = [part[1:-1] for part in entry.path.split("/") if part.startswith("{")]
         operation["parameters"] = [
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
-        ] + [{"name": name, "in": "query", "schema": {"type": "number"}} for name in entry.query]
-        if entry.body is bytes:
-            operation["requestBody"] = {"required": True, "content": {"application/jose+json": {"schema": {}}}}
-        elif entry.body is not None:
-            operation["requestBody"] = {"required": True, "content": {JSON: {"schema": next(rendered)}}}
+        ] + [{"name": name, "in": "query", "schema": number} for name in entry.query]
+        if body is not None:
+            media_type = JOSE if entry.body is bytes else JSON
+            required = body is RawJws or not _has_defaults(body)
+            operation["requestBody"] = {"required": required, "content": {media_type: {"schema": next(rendered)}}}
         paths.setdefault(entry.path, {})[entry.method.lower()] = operation
     return {
         "openapi": "3.1.0",

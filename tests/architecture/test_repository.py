@@ -15,7 +15,7 @@ SCRIPTS = sorted(path.relative_to(PROJECT) for path in (PROJECT / "scripts").ite
 PAGES = sorted(
     path.relative_to(PROJECT) for path in (*PROJECT.glob("*.md"), *(PROJECT / "docs").rglob("*.md")) if path.is_file()
 )
-LOCKS = ("run", "build", "dev")
+LOCKS = ("run", "build", "dev", "scan")
 SOURCED = Path("scripts/env")
 
 
@@ -108,7 +108,8 @@ def test_what_is_tested_is_what_is_frozen() -> None:
 
 def test_the_lock_covers_what_the_project_asks_for() -> None:
     project = tomllib.loads(read("pyproject.toml"))["project"]
-    groups = {"run": project["dependencies"], **project["optional-dependencies"]}
+    scanners = [line for line in read("requirements/scan.in").splitlines() if not line.startswith("#")]
+    groups = {"run": project["dependencies"], **project["optional-dependencies"], "scan": scanners}
     for name, wanted in groups.items():
         names = {re.split(r"[<>=!\[; ]", entry)[0].lower().replace("_", "-") for entry in wanted}
         missing = names - locked(name).keys()
@@ -116,6 +117,6 @@ def test_the_lock_covers_what_the_project_asks_for() -> None:
 
 
 def test_nothing_that_is_made_is_tracked() -> None:
-    folders = {"__pycache__", "build", "dist", ".venv", ".mypy_cache"}
+    folders = {"__pycache__", "build", "dist", ".venv", ".venv-scan", ".mypy_cache"}
     made = [str(path) for path in tracked() if folders & set(path.parts[:-1])]
     assert not made, f"made by tools, not ours to keep: {made}"

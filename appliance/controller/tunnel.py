@@ -325,31 +325,33 @@ class Peer(asyncssh.SSHServer):
             self._gateway.refusals["channel"] += 1
             raise refuse(f"at most {self._gateway.terms.max_channels_per_link} channels a link")
         if (dest_host, dest_port) == (tunnel.CHANNEL_HOST, tunnel.CHANNEL_PORT):
+            # Counted at once: asyncssh reads many requests before it awaits what opens the first.
+            link.channels += 1
             channel = conn.create_tcp_channel()
             return channel, self._open(link, channel)
         target = self._gateway.terms.services.get(dest_host)
         if target is None or dest_port != tunnel.SERVICE_PORT or not link.confirmed:
             self._gateway.refusals["channel"] += 1
             raise refuse(f"no channels to {dest_host}:{dest_port}")
+        link.channels += 1
         channel = conn.create_tcp_channel()
         return channel, self._open_service(link, channel, target)
 
     async def _open(self, link: Link, channel: asyncssh.SSHTCPChannel[bytes]) -> ChannelSession:
-        self._refuse_tiny_packets(channel)
-        link.channels += 1
+        self._refuse_tiny_packets(link, channel)
         gateway = self._gateway
         protocol = gateway.channel_api.protocol(link=link, source=link.source)
         return ChannelSession(protocol, lambda: gateway.fleet.seen(link), lambda: self._closed(link))
 
-    def _refuse_tiny_packets(self, channel: asyncssh.SSHTCPChannel[bytes]) -> None:
+    def _refuse_tiny_packets(self, link: Link, channel: asyncssh.SSHTCPChannel[bytes]) -> None:
         # asyncssh knows the announced packet size before it awaits what opens the channel.
         if has_tiny_packets(channel):
+            self._closed(link)
             self._gateway.refusals["channel"] += 1
             raise refuse(f"packets of at least {MIN_PACKET_BYTES} bytes expected")
 
     async def _open_service(self, link: Link, channel: asyncssh.SSHTCPChannel[bytes], target: str) -> SshEnd:
-        self._refuse_tiny_packets(channel)
-        link.channels += 1
+        self._refuse_tiny_packets(link, channel)
         end = TcpEnd()
         session = SshEnd(end, link, self._gateway.fleet.seen, on_close=lambda: self._closed(link))
         try:

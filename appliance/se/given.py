@@ -17,7 +17,7 @@ import msgspec
 from appliance.errors import DocumentBrokenError
 from appliance.runtime import log
 from appliance.runtime.stop import StopToken
-from appliance.storage.atomic import remove_durably
+from appliance.storage.atomic import make_dir, remove_durably
 from appliance.storage.document import Document
 
 LOOK_S = 0.5
@@ -49,6 +49,7 @@ class GivenFile:
 
     def write(self, given: Given) -> None:
         """Stores it for the daemon, whose user the directory belongs to. Raises `StorageError`."""
+        make_dir(self._directory)  # the daemon may never have run
         self._document.save(given)
         owner = self._directory.stat()
         if os.geteuid() != owner.st_uid:

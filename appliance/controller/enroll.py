@@ -47,7 +47,6 @@ from appliance.protocol.why import Step, StepResult
 _log = logging.getLogger(__name__)
 
 MAX_HOST_KEYS = 4
-MAX_MACS = 32
 PENDING_RETRY_S, PENDING_RETRY_MOST_S = 10, 60
 PENDING_ASK_PER_S = 20
 """At most about so many waiting SEs ask in a second."""
@@ -394,12 +393,9 @@ def check_request(wish: EnrollRequest) -> None:
         raise MalformedError("attempt_id is no 16 hex digits")
     if not 1 <= len(wish.host_keys) <= MAX_HOST_KEYS:
         raise MalformedError(f"{len(wish.host_keys)} host keys, 1 to {MAX_HOST_KEYS} expected")
-    if len(wish.facts.macs) > MAX_MACS:
-        raise MalformedError(f"{len(wish.facts.macs)} MAC addresses, at most {MAX_MACS} are accepted")
-    facts = (wish.facts.dmi_uuid, wish.facts.instance_id, wish.facts.boot_id, wish.facts.image_digest, *wish.facts.macs)
-    if any(len(fact) > 128 for fact in (*facts, wish.agent_version, wish.token)):
-        raise MalformedError("a fact is longer than 128 characters")
-    if problems := seed.check_hints(wish.hints):
+    if len(wish.token) > said.MAX_FACT_CHARS:
+        raise MalformedError(f"the token is longer than {said.MAX_FACT_CHARS} characters")
+    if problems := [*said.check_facts(wish.facts, wish.agent_version), *seed.check_hints(wish.hints)]:
         raise MalformedError(problems[0])
     for line in (wish.se_key, *wish.host_keys):
         try:

@@ -58,6 +58,8 @@ ATTEMPT_HEADER = "appliance-attempt"
 
 NONCE_LIFE_S = 300
 MAX_REQUEST_BYTES = 12 * 1024
+MAX_MACS = 32
+MAX_FACT_CHARS = 128
 MAX_HEADER_BYTES = 8 * 1024
 PROTOCOL_NUMBER = 1
 
@@ -81,6 +83,22 @@ class InstanceFacts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     macs: list[str] = []
     boot_id: str = ""
     image_digest: str = ""
+
+
+def check_facts(facts: InstanceFacts, agent_version: str) -> list[str]:
+    """Returns what is wrong with what a VM says of itself, one sentence each; empty where it holds.
+
+    It is stored and shown: bounded, since anybody with an image key may say it, and printable.
+    """
+    problems = []
+    if len(facts.macs) > MAX_MACS:
+        problems.append(f"{len(facts.macs)} MAC addresses, at most {MAX_MACS} are accepted")
+    said = (facts.dmi_uuid, facts.instance_id, facts.boot_id, facts.image_digest, agent_version, *facts.macs)
+    if any(len(fact) > MAX_FACT_CHARS for fact in said):
+        problems.append(f"a fact is longer than {MAX_FACT_CHARS} characters")
+    if not all(fact.isprintable() for fact in said):
+        problems.append("a fact has characters that can't be printed")
+    return problems
 
 
 class EnrollRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -26,7 +26,7 @@ section 8.
 from __future__ import annotations
 
 import enum
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 
@@ -51,6 +51,8 @@ ROTATE_PATH = "/v1/rotate-key"
 
 MAX_BODY_BYTES = 256 * 1024
 MAX_HEADER_BYTES = 4 * 1024
+MAX_SAMPLES = 64
+"""Samples of telemetry in one heartbeat: nobody else is answered while they are read."""
 
 KEX = ("mlkem768x25519-sha256",)
 KEX_FALLBACK = ("curve25519-sha256", "curve25519-sha256@libssh.org")
@@ -127,7 +129,7 @@ class Heartbeat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     time: float
     rtt_s: float = 0.0
     """Round trip of the heartbeat before this one; 0 where there is none yet."""
-    telemetry: list[str] = []
+    telemetry: Annotated[list[str], msgspec.Meta(max_length=MAX_SAMPLES)] = []
     """Encoded samples (see `protocol.telemetry`), oldest first."""
     spool_bytes: int = 0
     spool_dropped: int = 0

@@ -11,11 +11,13 @@ from appliance.protocol.enroll import (
     Evidence,
     Hook,
     ImageKeyTerms,
+    InstanceFacts,
     Known,
     Policy,
     Refusals,
     SeStatus,
     Verdict,
+    check_facts,
     check_networks,
     decide,
     decide_refresh,
@@ -253,3 +255,20 @@ def test_an_se_id_has_one_spelling(text: str, good: bool) -> None:
 )
 def test_an_attempt_id_has_one_spelling(text: str, good: bool) -> None:
     assert is_attempt_id(text) is good
+
+
+@pytest.mark.parametrize(
+    ("facts", "problems"),
+    [
+        (InstanceFacts(), 0),
+        (InstanceFacts(dmi_uuid="x" * 128, macs=["00:00:00:00:00:00"] * 32), 0),
+        (InstanceFacts(macs=[""] * 33), 1),
+        (InstanceFacts(macs=["x" * 129]), 1),
+        (InstanceFacts(boot_id="x" * 129), 1),
+        (InstanceFacts(instance_id="\x1b[2J"), 1),
+        (InstanceFacts(image_digest="\n" * 129, macs=["x"] * 33), 3),
+    ],
+)
+def test_facts_are_bounded_and_printable(facts: InstanceFacts, problems: int) -> None:
+    assert len(check_facts(facts, "1.0")) == problems
+    assert len(check_facts(facts, "1.0" * 100)) == problems + (not any("longer" in p for p in check_facts(facts, "")))

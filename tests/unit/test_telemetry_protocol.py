@@ -196,7 +196,7 @@ def test_decode_refuses_other_forms(text: str) -> None:
         (Faults.ORDER, _wire(("system.memory.limit", (), 1), ("system.memory.limit", (), 1))),
         (Faults.ORDER, _wire(("system.memory.limit", (), 1), ("system.cpu.logical.count", (), 1))),
         (Faults.ORDER, _wire(("hw.temperature", ("b",), 1), ("hw.temperature", ("a",), 1))),
-        (Faults.TOO_LARGE, _wire(*[("hw.temperature", (f"{n:03d}",), 1) for n in range(257)])),
+        (Faults.MALFORMED, _wire(*[("hw.temperature", (f"{n:03d}",), 1) for n in range(257)])),
         (Faults.TOO_LARGE, "A" * (telemetry.MAX_TEXT_CHARS + 4)),
         (Faults.TOO_LARGE, _text(bytes(10_000_000))),
     ],

@@ -26,9 +26,9 @@ from appliance.controller.web import Endpoint, ProblemError, Request, simple_pro
 from appliance.errors import ApplianceError, StorageError
 from appliance.pki import ssh_keys
 from appliance.pki.identity import verify
-from appliance.protocol import jws, tunnel
+from appliance.protocol import jws, strict_json, tunnel
 from appliance.protocol.address import se_address
-from appliance.protocol.enroll import SeStatus
+from appliance.protocol.enroll import SeStatus, check_facts
 from appliance.protocol.fleet import Reason
 from appliance.protocol.trust import Envelope
 from appliance.protocol.tunnel import (
@@ -53,6 +53,8 @@ Said = TypeVar("Said")
 Answered = TypeVar("Answered")
 
 TICKET_BYTES = 16
+REFUSED_STAYS_S = 1.0
+"""How long a link whose hello was refused stays open, for the answer to get out."""
 
 
 def _refuse(status: int, code: str, title: str, advice: str) -> ProblemError:
@@ -146,12 +148,20 @@ class ChannelApi:
                 400, "TUNNEL-022", f"Protocol {hello.protocol} is not spoken here",
                 f"Upgrade the agent: protocol {tunnel.OLDEST_PROTOCOL_NUMBER} or newer is expected.",
             )  # fmt: skip
+        if problems := check_facts(hello.facts, hello.agent_version):
+            raise strict_json.MalformedError(problems[0])
         link.hello_done = True
         link.agent_version = hello.agent_version[:64]
         link.trust_version = hello.trust_version
         lock = self._hellos.setdefault(link.se_id, asyncio.Lock())
-        async with lock:
-            verdict, ticket = await self._judge(link, hello)
+        try:
+            async with lock:
+                verdict, ticket = await self._judge(link, hello)
+        finally:
+            if not self._fleet.holds(link):
+                asyncio.get_running_loop().call_later(
+                    REFUSED_STAYS_S, link.close, Reason.LINK_LOST, "its hello was refused"
+                )
         record = self._record(link)
         quarantined = verdict is Newcomer.QUARANTINE
         if not quarantined:
@@ -184,13 +194,14 @@ class ChannelApi:
 
     async def _judge(self, link: Link, hello: Hello) -> tuple[Newcomer, str]:
         fleet, record = self._fleet, self._record(link)
-        tickets = record.tickets
         older = fleet.link(link.se_id)
         answers = False
         if older is not None:
             answers = await ping(older) and fleet.link(link.se_id) is older
             record = self._record(link)
-        verdict = tunnel.judge_newcomer(tickets, hello.ticket, older_link_answers=answers)
+        if link.is_gone:
+            raise _refuse(409, "TUNNEL-027", "The link broke before it was judged", "Open a new link and say hello.")
+        verdict = tunnel.judge_newcomer(record.tickets, hello.ticket, older_link_answers=answers)
         if verdict is Newcomer.QUARANTINE:
             fleet.quarantine(link)
             older_source = older.source if older else "no live link"

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from appliance.controller.events import Events
-from appliance.controller.link import Link
+from appliance.controller.link import Link, unsent_bytes
 from appliance.controller.records import SeRecord
 from appliance.controller.registry import Registry, drift
 from appliance.controller.telemetry import History
@@ -29,6 +29,14 @@ _log = logging.getLogger(__name__)
 
 SWEEP_S = 0.25
 """How often the fleet looks for overdue links."""
+BURDEN_SWEEP_S = 1.0
+"""How often it looks for links that burden the controller."""
+MAX_LINKS_PER_SE = 8
+"""Connections logged in with one SE's key: whoever copied it must not take the room of other SEs."""
+MAX_UNSENT_BYTES = 8 * 1024 * 1024
+"""What may wait for a peer that doesn't read. Bulk stops at 1 MiB by itself (`splice`)."""
+REKEY_TIMEOUT_S = 10.0
+"""How long a key exchange on a link may take: nothing else is sent meanwhile."""
 
 
 class _Memo(NamedTuple):
@@ -43,12 +51,14 @@ async def ping(link: Link, deadline_s: float = tunnel.DEADLINE_S) -> bool:
 
     False also where the connection ended meanwhile: asyncssh then answers in the peer's place.
     """
+    if link.is_gone:
+        return False
     try:
         # asyncssh has no public call for one ping with a deadline; tests/contract holds this one in place.
         await asyncio.wait_for(link.conn._make_global_request(b"keepalive@openssh.com"), deadline_s)  # noqa: SLF001
     except (TimeoutError, OSError):
         return False
-    return not link.conn.is_closed()
+    return not (link.is_gone or link.conn.is_closed())
 
 
 class Fleet:
@@ -70,6 +80,8 @@ class Fleet:
         self._wall = wall
         self._monotonic = monotonic
         self._base_interval_s = base_interval_s
+        self._open: dict[str, dict[int, Link]] = {}
+        """SE to all its connections that logged in, admitted or not, oldest first."""
         self._links: dict[str, Link] = {}
         self._by_last_seen: OrderedDict[int, Link] = OrderedDict()
         self._quarantined: dict[str, set[Link]] = {}
@@ -113,8 +125,23 @@ class Fleet:
         """Links held in quarantine with that SE's key."""
         return list(self._quarantined.get(se_id, ()))
 
+    def holds(self, link: Link) -> bool:
+        """Whether `link` was admitted or is in quarantine; nobody watches others."""
+        return self._links.get(link.se_id) is link or link in self._quarantined.get(link.se_id, ())
+
+    def opened(self, link: Link) -> None:
+        """A connection logged in and will say hello; where its SE has too many, the oldest spare one is closed."""
+        links = self._open.setdefault(link.se_id, {})
+        links[link.link_id] = link
+        staying = [entry for entry in links.values() if not entry.is_gone]
+        if len(staying) > MAX_LINKS_PER_SE:
+            spare = next(entry for entry in staying if entry is not self._links.get(link.se_id))
+            spare.close(Reason.LINK_LOST, f"more than {MAX_LINKS_PER_SE} links with one SE's key")
+
     def admit(self, link: Link) -> None:
-        """Makes `link` the SE's link; an older one is closed."""
+        """Makes `link` the SE's link, unless it is gone meanwhile; an older one is closed."""
+        if link.is_gone:
+            return
         older = self._links.get(link.se_id)
         self._links[link.se_id] = link
         self._lost.pop(link.se_id, None)
@@ -126,7 +153,9 @@ class Fleet:
         self.look(link.se_id)
 
     def quarantine(self, link: Link) -> None:
-        """Holds `link` as a suspected copy."""
+        """Holds `link` as a suspected copy, unless it is gone meanwhile."""
+        if link.is_gone:
+            return
         link.quarantined = True
         self._quarantined.setdefault(link.se_id, set()).add(link)
         self._by_last_seen[link.link_id] = link
@@ -176,6 +205,11 @@ class Fleet:
 
     def lost(self, link: Link) -> None:
         """The connection is gone."""
+        link.is_gone = True
+        still_open = self._open.get(link.se_id, {})
+        still_open.pop(link.link_id, None)
+        if not still_open:
+            self._open.pop(link.se_id, None)
         self._by_last_seen.pop(link.link_id, None)
         self._asked.discard(link.link_id)
         held = self._quarantined.get(link.se_id)
@@ -191,10 +225,27 @@ class Fleet:
     # The watch over silence.
 
     async def watch(self) -> None:
-        """Pings links that are overdue and gives up those that don't answer; runs until cancelled."""
+        """Pings links that are overdue, gives up those that don't answer or burden us; runs until cancelled."""
+        burdens_at = 0.0
         while True:
             await asyncio.sleep(SWEEP_S)
             self._sweep()
+            now = self._monotonic()
+            if now >= burdens_at:
+                burdens_at = now + BURDEN_SWEEP_S
+                self._drop_burdens(now)
+
+    def _drop_burdens(self, now: float) -> None:
+        """Closes links whose peer makes us keep what it doesn't read, or begins a key exchange and leaves it."""
+        for link in [link for links in self._open.values() for link in links.values()]:
+            if unsent_bytes(link.conn) > MAX_UNSENT_BYTES:
+                link.close(Reason.LINK_LOST, f"more than {MAX_UNSENT_BYTES >> 20} MiB wait for it, and it doesn't read")
+            elif not link.is_rekeying:
+                link.rekeys_since = 0.0
+            elif not link.rekeys_since:
+                link.rekeys_since = now
+            elif now - link.rekeys_since > REKEY_TIMEOUT_S:
+                link.close(Reason.LINK_LOST, f"no new keys within {REKEY_TIMEOUT_S:.0f} s")
 
     def _sweep(self) -> None:
         now = self._monotonic()
@@ -315,9 +366,7 @@ class Fleet:
 
     def close_se(self, record: SeRecord, text: str) -> int:
         """Closes every link of an SE that was revoked or deleted; returns how many."""
-        links = self.quarantined(record.se_id)
-        if (link := self._links.get(record.se_id)) is not None:
-            links.append(link)
+        links = list(self._open.get(record.se_id, {}).values())
         for entry in links:
             entry.close(Reason.REVOKED, text)
         if record.status is SeStatus.DELETED:
@@ -343,7 +392,7 @@ class Fleet:
 
     def close_all(self, text: str) -> None:
         """Closes every link, for a stop."""
-        for link in [*self._links.values(), *(entry for held in self._quarantined.values() for entry in held)]:
+        for link in [link for links in self._open.values() for link in links.values()]:
             link.close(Reason.LINK_LOST, text)
 
     def __iter__(self) -> Iterator[tuple[SeRecord, Link | None]]:

@@ -12,6 +12,7 @@ from appliance.protocol.fleet import LinkView, Reason
 
 if TYPE_CHECKING:
     import asyncssh
+    from asyncssh.connection import SSHConnection
 
 _log = logging.getLogger(__name__)
 
@@ -56,12 +57,14 @@ class Link:
         "conn",
         "heartbeats",
         "hello_done",
+        "is_gone",
         "last_seen",
         "link_id",
         "lost_reason",
         "lost_text",
         "opened_at",
         "quarantined",
+        "rekeys_since",
         "reverse_at",
         "reverse_error",
         "reverse_granted",
@@ -98,6 +101,10 @@ class Link:
         self.last_seen = now
         self.channels = 0
         """Open channels the SE asked for."""
+        self.is_gone = False
+        """Closed, or about to be: who waited for something meanwhile must not take it up any more."""
+        self.rekeys_since = 0.0
+        """When the watch first saw the key exchange that is under way, 0 while there is none."""
         self.hello_done = False
         self.ticket = ""
         """Handed out in hello, awaits its confirmation."""
@@ -140,4 +147,20 @@ class Link:
         """Closes the link now; a peer that no longer reads can't hold it up."""
         if not self.lost_text:
             self.lost_reason, self.lost_text = reason, text
+        self.is_gone = True
         self.conn.abort()
+
+    @property
+    def is_rekeying(self) -> bool:
+        """Whether a key exchange is under way."""
+        return not self.conn._kex_complete  # noqa: SLF001 - asyncssh has no name for it
+
+
+def unsent_bytes(conn: SSHConnection) -> int:
+    """Bytes that wait in a connection: in its socket's buffer, or held back while keys are exchanged.
+
+    asyncssh has no back-pressure from either, and no name for them.
+    """
+    transport = conn._transport  # noqa: SLF001
+    waiting = transport.get_write_buffer_size() if transport is not None else 0
+    return waiting + sum(len(part) for _, parts in conn._deferred_packets for part in parts)  # noqa: SLF001

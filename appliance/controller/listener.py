@@ -25,6 +25,9 @@ from uvicorn.server import ServerState
 
 _log = logging.getLogger(__name__)
 
+MAX_QUEUED = 16
+"""Requests that may wait behind the one that is answered: an agent's pings, not a flood of them."""
+
 _ANSWER = b"HTTP/1.1 %d %s\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 _TOO_LARGE = (413, b"Content Too Large")
 _HEADERS_TOO_LARGE = (431, b"Request Header Fields Too Large")
@@ -130,6 +133,9 @@ class GuardedProtocol(HttpToolsProtocol):
         declared = next((value for name, value in self.headers if name == b"content-length"), b"0")
         if declared.isdigit() and int(declared) > self._limits.max_body_bytes:
             self._refuse(*_TOO_LARGE)
+            return
+        if len(self.pipeline) >= MAX_QUEUED:
+            self._refuse(429, b"Too Many Requests")
             return
         self._body_bytes = 0
         self._arm("body", self._limits.body_timeout_s)

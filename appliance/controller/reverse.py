@@ -128,8 +128,7 @@ class ReversePath:
             return
         self.connections += 1
         try:
-            channel, session = await self._open(link, end, peer)
-            end.attach(channel)
+            session = await self._open(link, end, peer)
             await end.closed.wait()
             if not session.has_spoken:
                 # An SSH server speaks first (RFC 4253 section 4.2): who hears nothing may have found none.
@@ -143,9 +142,7 @@ class ReversePath:
             if end.transport is not None:
                 end.transport.close()
 
-    async def _open(
-        self, link: Link, end: TcpEnd, peer: tuple[str, int]
-    ) -> tuple[asyncssh.SSHTCPChannel[bytes], SshEnd]:
+    async def _open(self, link: Link, end: TcpEnd, peer: tuple[str, int]) -> SshEnd:
         record = self._fleet.registry.se(link.se_id)
         number = record.number if record else 0
         session = SshEnd(end, link, self._fleet.seen)
@@ -156,7 +153,7 @@ class ReversePath:
         if has_tiny_packets(channel):
             channel.abort()
             raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, "the SE takes only tiny packets")
-        return channel, session
+        return session
 
     # The check.
 

@@ -9,7 +9,7 @@ from typing import cast
 
 import asyncssh
 
-from appliance.controller.link import Link
+from appliance.controller.link import Link, unsent_bytes
 
 HIGH_WATER_BYTES = 1024 * 1024
 """Unsent bytes of a link above which what feeds it stops reading: asyncssh has no back-pressure from its socket."""
@@ -104,6 +104,11 @@ class SshEnd(asyncssh.SSHTCPSession[bytes]):
         self.has_spoken = False
         """Whether anything came from the SE."""
 
+    def connection_made(self, chan: asyncssh.SSHTCPChannel[bytes]) -> None:
+        # Not before: asyncssh refuses what is written to a channel it hasn't opened yet, and drops the whole link.
+        if not has_tiny_packets(chan):
+            self._end.attach(chan)
+
     def data_received(self, data: bytes, datatype: asyncssh.DataType) -> None:  # noqa: ARG002
         self.has_spoken = True
         self._on_data(self._link)
@@ -123,7 +128,5 @@ class SshEnd(asyncssh.SSHTCPSession[bytes]):
 
 
 def unsent(channel: asyncssh.SSHTCPChannel[bytes]) -> int:
-    """Bytes that wait on a channel and in its link's socket."""
-    transport = channel.get_connection()._transport  # noqa: SLF001 - the only way to the socket's buffer
-    waiting = transport.get_write_buffer_size() if transport is not None else 0
-    return int(channel.get_write_buffer_size() + waiting)
+    """Bytes that wait on a channel and in its link."""
+    return channel.get_write_buffer_size() + unsent_bytes(channel.get_connection())

@@ -39,6 +39,10 @@ from appliance.protocol.why import Step, StepResult
 _log = logging.getLogger(__name__)
 
 
+CHANNEL_WINDOW_BYTES = 128 * 1024
+"""Of the channel API: what a peer may send while an earlier request is answered is kept in memory."""
+MAX_REASON_CHARS = 200
+"""Of what a peer says when it hangs up."""
 SERVICE_TIMEOUT_S = 10.0
 """How long a controller service may take to accept a connection."""
 
@@ -254,6 +258,7 @@ class Peer(asyncssh.SSHServer):
         )
         gateway.links += 1
         gateway.empty.clear()
+        gateway.fleet.opened(self._link)
         gateway.attempts.note(
             self._source, Step.LINK, StepResult.OK, at=gateway.wall(), se_id=self._se_id, text="logged in"
         )
@@ -274,7 +279,7 @@ class Peer(asyncssh.SSHServer):
                 self._gateway.empty.set()
             if not link.lost_text:
                 link.lost_reason = Reason.LINK_LOST if exc else Reason.CLOSED_BY_SE
-                link.lost_text = f"the connection broke: {exc}" if exc else "the SE closed the link"
+                link.lost_text = f"the connection broke: {exc}"[:MAX_REASON_CHARS] if exc else "the SE closed the link"
             self._gateway.on_lost(link)
         elif exc is not None and self._counted is False and not self._se_id:
             self._gateway.attempts.note(
@@ -327,7 +332,7 @@ class Peer(asyncssh.SSHServer):
         if (dest_host, dest_port) == (tunnel.CHANNEL_HOST, tunnel.CHANNEL_PORT):
             # Counted at once: asyncssh reads many requests before it awaits what opens the first.
             link.channels += 1
-            channel = conn.create_tcp_channel()
+            channel = conn.create_tcp_channel(window=CHANNEL_WINDOW_BYTES)
             return channel, self._open(link, channel)
         target = self._gateway.terms.services.get(dest_host)
         if target is None or dest_port != tunnel.SERVICE_PORT or not link.confirmed:
@@ -361,7 +366,9 @@ class Peer(asyncssh.SSHServer):
         except (OSError, TimeoutError) as error:
             self._closed(link)
             raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, f"the service is down: {error}") from None
-        end.attach(channel)
+        if link.is_gone and end.transport is not None:
+            # asyncssh drops the session of a connection that broke meanwhile, and tells it nothing.
+            end.transport.close()
         return session
 
     @staticmethod

@@ -40,6 +40,9 @@ class Conn:
         self.pings: list[float] = []
         self.closed_at: float | None = None
         self.on_close: Callable[[], None] = lambda: None
+        self._transport = None
+        self._deferred_packets: list[tuple[int, tuple[bytes, ...]]] = []
+        self._kex_complete = True
 
     async def _make_global_request(self, name: bytes) -> tuple[int, None]:
         assert name == b"keepalive@openssh.com"
@@ -99,6 +102,7 @@ class Stand:
             thumbprint=record.thumbprint if record else "", source=source, now=self.clock.monotonic(),
         )  # fmt: skip
         conn.on_close = lambda: self.fleet.lost(link)
+        self.fleet.opened(link)
         return link, conn
 
     def up(self, se_id: str, behaviour: str = "answers", source: str = "192.0.2.1") -> tuple[Link, Conn]:

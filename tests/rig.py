@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -54,6 +55,28 @@ def free_ports(count: int) -> list[int]:
 def open_descriptors() -> int:
     """How many this process has."""
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
+
+
+def leaves_core(process: subprocess.Popen[bytes]) -> bool:
+    """Aborts a process and tells whether the kernel wrote its memory to a file.
+
+    The limit on core files is lifted first, where that is allowed: the process itself must forbid them as well.
+    """
+    folder = Path(f"/proc/{process.pid}/cwd").resolve()
+    with contextlib.suppress(PermissionError):
+        resource.prlimit(process.pid, resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    process.send_signal(signal.SIGABRT)
+    _, status = os.waitpid(process.pid, 0)
+    process.wait()
+    assert os.WTERMSIG(status) == signal.SIGABRT
+    for name in ("core", f"core.{process.pid}"):
+        (folder / name).unlink(missing_ok=True)
+    return os.WCOREDUMP(status)
+
+
+def core_limit(pid: int) -> tuple[int, int]:
+    """Soft and hard limit of a process on core files."""
+    return resource.prlimit(pid, resource.RLIMIT_CORE)
 
 
 class RunningController:

@@ -26,7 +26,7 @@ def command(context: CliContext, log_format: str) -> NoReturn:
     SIGTERM and SIGINT drain and stop it. Under systemd it notifies (Type=notify), answers the watchdog and takes
     its sockets from there.
     """
-    from appliance.runtime import log
+    from appliance.runtime import core_dump, log
     from appliance.runtime.mode import Mode, running_role
 
     settings = context.settings
@@ -39,6 +39,7 @@ def command(context: CliContext, log_format: str) -> NoReturn:
         )
     as_json = log_format == "json" or (log_format == "auto" and not sys.stderr.isatty())
     close = log.setup(level=settings.log.level, stream=sys.stderr, json=as_json)
+    core_dump.forbid()
     # By role, and not before: an SE must not carry the controller's web framework in its memory, nor the reverse.
     try:
         if role is Mode.CONTROLLER:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rig import RunningController, running
+from rig import RunningController, core_limit, leaves_core, running
 from se_stand import (
     Cluster,
     EnrollDoor,
@@ -266,3 +266,11 @@ def test_a_killed_se_comes_back_without_an_alarm(real: RunningController, tmp_pa
             se.start().until_up()
         assert not real.operator.se(se_id).alarms
         assert "QUARANTINED" not in real.state(se_id)
+
+
+def test_an_se_leaves_its_keys_in_no_core_file(real: RunningController, tmp_path: Path) -> None:
+    """Also after it has executed itself anew, which gives the permission back."""
+    with enrolled(real, tmp_path / "se") as se:
+        assert se.process is not None
+        assert core_limit(se.process.pid) == (0, 0)
+        assert not leaves_core(se.process)

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import time
-from datetime import UTC, datetime
-from typing import Any
 
 import click
 import msgspec
 
 from appliance.cli import output
+from appliance.cli.backup import DATE, backup, restore
 from appliance.cli.context import CliContext, json_option, pass_context, print_json
 from appliance.cli.operator import Operator
 from appliance.cli.output import Cell, Styled
+from appliance.cli.recovery import recovery
 from appliance.cli.rotation import rotation_group
 from appliance.errors import UsageError
 from appliance.protocol.address import format_endpoint, parse_endpoint
 
 _WARN_S = 30 * 86400
-_SYNCHRONISED = {"auto": None, "yes": True, "no": False}
 
 
 class Made(msgspec.Struct, kw_only=True):
@@ -28,22 +27,6 @@ class Made(msgspec.Struct, kw_only=True):
     root_fingerprint: str
     image_key_id: str
     bundle: str
-
-
-class _Date(click.ParamType[int]):
-    """Seconds since 1970, from `now` or ISO 8601 (UTC where no zone is given)."""
-
-    name = "date"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Returns seconds since 1970."""
-        if value == "now":
-            return int(time.time())
-        try:
-            moment = datetime.fromisoformat(value)
-        except ValueError:
-            self.fail(f"{value!r} is no date; write now, or for example 2026-01-31T12:00Z", param, ctx)
-        return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
 
 
 _PORT = click.IntRange(1, 65535)
@@ -65,7 +48,7 @@ def command() -> None:
 )
 @click.option("--enroll-port", type=_PORT, help="HTTPS port as SEs see it.  [default: of controller.enroll_listen]")
 @click.option("--ssh-port", type=_PORT, help="SSH port as SEs see it.  [default: of controller.ssh_listen]")
-@click.option("--date", type=_Date(), help="You vouch for this time; needed where the clock isn't synchronised.")
+@click.option("--date", type=DATE, help="You vouch for this time; needed where the clock isn't synchronised.")
 @json_option
 @pass_context
 def init(
@@ -73,7 +56,7 @@ def init(
 ) -> None:
     """Makes a cluster: root CA, this node's keys, and the first image key with its bundle."""
     from appliance.controller.init import initialise
-    from appliance.runtime.clock import SystemClock
+    from appliance.runtime.clock import SYNCHRONISED, SystemClock
 
     settings = context.settings
     made = initialise(
@@ -81,7 +64,7 @@ def init(
         addresses=list(addresses),
         enroll_port=enroll_port or _port(settings.controller.enroll_listen, "--enroll-port"),
         ssh_port=ssh_port or _port(settings.controller.ssh_listen, "--ssh-port"),
-        clock=SystemClock(settings.clock.offset_s, _SYNCHRONISED[settings.clock.synchronised]),
+        clock=SystemClock(settings.clock.offset_s, SYNCHRONISED[settings.clock.synchronised]),
         date=date,
     )
     if context.json:
@@ -108,7 +91,7 @@ def init(
     output.say(console, f"then: image-builder seed --bundle {made.bundle_path}")
     output.say(
         console,
-        Styled(f"back up {context.paths.controller_state}: without root-ca.key no node is ever added", "yellow"),
+        Styled("then: appliance controller backup --out FILE, without which a lost disk is a lost fleet", "yellow"),
     )
 
 
@@ -161,3 +144,6 @@ for _kind, _what in (
     ("login-key", "the key that logs in to SEs"),
 ):
     command.add_command(rotation_group(_kind, _what))
+
+for _command in (backup, restore, recovery):
+    command.add_command(_command)

@@ -37,6 +37,8 @@ from appliance.protocol.operator import (
     ImageKeyView,
     PendingView,
     Reasoned,
+    ReceiptsApproved,
+    RecoveryView,
     RotationView,
     SeDetail,
     StatusView,
@@ -46,6 +48,7 @@ from appliance.protocol.operator import (
 )
 from appliance.protocol.problem import Problem
 from appliance.protocol.telemetry import Sample
+from appliance.protocol.trust import Envelope
 from appliance.protocol.why import Chain
 
 T = TypeVar("T")
@@ -161,6 +164,24 @@ class Operator:
     def rotate_se_key(self, subject: str, *, reason: str) -> SeDetail:
         """Asks an SE for a new key."""
         return self._post(f"/v1/ses/{_part(subject)}/rotate-key", SeDetail, Reasoned(reason=reason))
+
+    def sign_audit_head(self) -> Envelope:
+        """The newest audit entry, signed now; SEs get it with their next heartbeat."""
+        return self._post("/v1/audit/head", Envelope, None)
+
+    def recovery(self) -> RecoveryView:
+        """What a restore left to do."""
+        return self._get("/v1/recovery", RecoveryView)
+
+    def set_recovery(self, verb: str, *, reason: str) -> RecoveryView:
+        """Begins or ends RECOVERY."""
+        return self._post(f"/v1/recovery/{_part(verb)}", RecoveryView, Reasoned(reason=reason))
+
+    def approve_receipts(self, *, reason: str) -> ReceiptsApproved:
+        """Lets in all SEs whose receipts hold; thousands take their time."""
+        body = msgspec.json.encode(Reasoned(reason=reason))
+        deadline_s = max(self._deadline_s, 600.0)
+        return self._ask("POST", "/v1/recovery/approve", ReceiptsApproved, deadline_s=deadline_s, body=body)
 
     def rotations(self) -> list[RotationView]:
         """Changes of root, host key and log-in key."""

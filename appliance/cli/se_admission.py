@@ -11,7 +11,8 @@ from appliance.cli import output
 from appliance.cli.context import CliContext, json_option, pass_context, print_json
 from appliance.cli.operator import Operator
 from appliance.cli.output import Cell, Column
-from appliance.errors import NotFoundError
+from appliance.cli.recovery import print_warnings
+from appliance.errors import NotFoundError, UsageError
 from appliance.protocol.fleet import State
 from appliance.protocol.operator import PendingView, SeDetail
 
@@ -44,7 +45,7 @@ def _row(se: PendingView, now: float) -> list[Cell]:
         output.ago(se.asked_at, now),
         output.ago(se.lapses_at, now),
         se.policy.value,
-        se.token_id or output.NONE,
+        f"receipt {se.receipt_fault}".strip() if se.receipt_epoch else se.token_id or output.NONE,
         se.image_key_id,
         se.facts.instance_id or output.NONE,
         " ".join(f"{key}={value}" for key, value in sorted(se.labels.items())) or output.NONE,
@@ -92,22 +93,40 @@ def _by_fingerprint(operator: Operator, subject: str) -> tuple[str, str]:
 
 
 @click.command()
-@_SES
+@click.argument("ses", metavar="SE...", nargs=-1)
+@click.option("--receipts", is_flag=True, help="All that showed this restored controller a receipt that holds.")
 @_REASON
 @json_option
 @pass_context
-def approve(context: CliContext, ses: tuple[str, ...], reason: str) -> None:
+def approve(context: CliContext, ses: tuple[str, ...], receipts: bool, reason: str) -> None:
     """Lets in each SE that waits for approval, by number, name, se_id or the fingerprint on its VM's console.
 
-    Compare the fingerprint first: number and name say nothing about whose key it is.
+    Compare the fingerprint first: number and name say nothing about whose key it is. A receipt does: the cluster's root
+    signed it for that key.
     """
+    if receipts == bool(ses):
+        raise UsageError("name SEs, or pass --receipts", hint="`appliance se pending` lists who waits")
     operator = Operator(context.paths.controller_socket)
+    if receipts:
+        _approve_receipts(context, operator, reason)
+        return
 
     def work(subject: str) -> SeDetail:
         se, fingerprint = _by_fingerprint(operator, subject)
         return operator.approve_se(se, fingerprint=fingerprint, reason=reason)
 
     _each(context, ses, work, "is approved; it comes up by itself")
+
+
+def _approve_receipts(context: CliContext, operator: Operator, reason: str) -> None:
+    done = operator.approve_receipts(reason=reason)
+    if context.json:
+        print_json(done)
+        return
+    for se in done.approved:
+        output.say(output.screen(), output.clean(f"SE {se.number} ({se.name}) is approved; it comes up by itself"))
+    output.say(output.screen(), f"{output.count(len(done.approved), 'SE')} let in by their receipts")
+    print_warnings(done.warnings)
 
 
 @click.command()

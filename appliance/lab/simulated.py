@@ -27,7 +27,7 @@ from appliance.pki.identity import Identity
 from appliance.pki.trust import verify_trust
 from appliance.protocol import enroll, strict_json, token, tunnel
 from appliance.protocol.address import REVERSE_PORT, parse_endpoint
-from appliance.protocol.enroll import EnrollRequest, Grant, InstanceFacts, NonceAnswer, Pending, RefreshRequest
+from appliance.protocol.enroll import Claim, EnrollRequest, Grant, InstanceFacts, NonceAnswer, Pending, RefreshRequest
 from appliance.protocol.jws import encode_part
 from appliance.protocol.problem import Problem
 from appliance.protocol.seed import Bundle, Hints
@@ -132,6 +132,8 @@ class SimulatedSe:
         self.interval_s = 5.0
         self.trust: TrustDocument | None = None
         """What this SE believes; None until the first grant."""
+        self.audit_heads: list[Envelope] = []
+        """What it shows with hello; a real SE keeps the newest of each epoch."""
         self._channel: tuple[Any, Any] | None = None
         self._sequence = 0
         self._rtt_s = 0.0
@@ -172,11 +174,22 @@ class SimulatedSe:
         """The JWS of a rejoin with `nonce`, by the token that this SE has."""
         return jws.sign(strict_json.encode(self._request(nonce)), [("se", self.identity.thumbprint, self.identity)])
 
+    def claim(self) -> Claim | None:
+        """What it shows to a restored controller, None where it has no grant."""
+        if self.grant is None:
+            return None
+        return Claim(
+            receipt=self.grant.receipt,
+            se_key=self.identity.public_line,
+            host_keys=[self.host_key],
+            facts=self.facts,
+        )
+
     def signed_refresh(self, nonce: str) -> bytes:
         """The JWS of a refresh with `nonce`."""
         request = RefreshRequest(
             audience=self.bundle.cluster_id, nonce=nonce, se_id=self.se_id, agent_version=__version__,
-            attempt_id=self.attempt_id,
+            attempt_id=self.attempt_id, claim=self.claim(),
         )  # fmt: skip
         return jws.sign(strict_json.encode(request), [("se", self.identity.thumbprint, self.identity)])
 
@@ -303,6 +316,7 @@ class SimulatedSe:
             time=time.time(),
             host_keys=[self.host_key],
             links=self.links,
+            audit_heads=self.audit_heads,
         )
         answer = await self.say(tunnel.HELLO_PATH, message, HelloAnswer)
         self.links += 1

@@ -173,8 +173,11 @@ def _link(
     from appliance.se.refresh import Refresh
     from appliance.se.telemetry import Telemetry
     from appliance.se.tunnel import Caller
+    from appliance.se.witness import Witness
     from appliance.storage.spool import Spool
 
+    witness = Witness(paths.se_state / "witness.json", beliefs)
+    witness.load()
     spool = Spool(paths.se_state / "spool", max_bytes=settings.se.spool_max_bytes)
     telemetry = Telemetry(spool, settings.se.telemetry_interval_s, clock, host.Host())
 
@@ -191,6 +194,7 @@ def _link(
             grant=record.grant,
             tickets=state,
             beliefs=beliefs,
+            witness=witness,
             facts=partial(host.facts, image_digest=record.image_id),
             host_keys=partial(identity.host_keys, paths),
             spent=partial(state.scrub_image_key, paths),

@@ -24,10 +24,10 @@ from appliance.protocol import enroll as said
 from appliance.protocol import strict_json
 from appliance.protocol import token as tokens
 from appliance.protocol.address import se_address
-from appliance.protocol.enroll import EnrollRequest, Grant, NonceAnswer, Pending, RefreshRequest
+from appliance.protocol.enroll import Claim, EnrollRequest, Grant, NonceAnswer, Pending, RefreshRequest
 from appliance.protocol.problem import Problem
 from appliance.protocol.seed import Hints
-from appliance.protocol.trust import MAX_TRUST_BYTES, TrustDocument
+from appliance.protocol.trust import MAX_TRUST_BYTES, Envelope, TrustDocument
 from appliance.protocol.why import Step, StepResult
 from appliance.runtime import host, log
 from appliance.runtime.backoff import Backoff
@@ -314,6 +314,16 @@ class Enrollment:
             se_id=record.se_id,
             agent_version=__version__,
             attempt_id=record.attempt_id,
+            claim=self._claim(record.grant.receipt) if record.grant else None,
+        )
+
+    def _claim(self, receipt: Envelope) -> Claim:
+        """What proves this SE to a controller that was restored from a backup older than its enrollment."""
+        return Claim(
+            receipt=receipt,
+            se_key=self._state.identity.public_line,
+            host_keys=host_keys(self._paths),
+            facts=host.facts(image_digest=self._state.require().image_id),
         )
 
     def _ask(self, path: str, request: EnrollRequest | RefreshRequest, *, by_image_key: bool) -> Event:

@@ -23,9 +23,10 @@ from appliance.errors import ApplianceError, DocumentBrokenError, StateMachineEr
 from appliance.paths import Paths
 from appliance.pki.identity import Identity
 from appliance.pki.ssh_keys import parse_public
+from appliance.protocol import strict_json
 from appliance.protocol.enroll import Grant
 from appliance.protocol.seed import IMAGE_KEY_FILE
-from appliance.protocol.trust import Envelope
+from appliance.protocol.trust import Envelope, Receipt
 from appliance.runtime import log
 from appliance.storage.atomic import make_dir, read_limited, remove_durably, set_aside, write_atomic
 from appliance.storage.document import Document
@@ -34,6 +35,7 @@ IMAGE_DIRECTORY = Path("etc/appliance/seed")
 """Below the root: where an image carries its seed."""
 
 _MAX_KEY_BYTES = 16 * 1024
+_MAX_RECEIPT_BYTES = 4 * 1024
 
 
 class IdentityRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -144,16 +146,32 @@ class SeState:
             self._record = record
         return Identity.from_pkcs8(record.next_key.encode())
 
-    def promote_key(self) -> None:
-        """The controller knows the next key: it is the key from now on, and the old one is gone."""
+    def promote_key(self, receipt: Envelope | None = None) -> None:
+        """The controller knows the next key: it is the key from now on, with its `receipt`; the old one is gone."""
         record = self.require()
         if not record.next_key:
             return
-        record = msgspec.structs.replace(record, key=record.next_key, next_key="")
+        grant = record.grant
+        if grant is not None and receipt is not None:
+            grant = msgspec.structs.replace(grant, receipt=receipt)
+        record = msgspec.structs.replace(record, key=record.next_key, next_key="", grant=grant)
         self._identity_document.save(record)
         self._record, self._identity = record, Identity.from_pkcs8(record.key.encode())
         self._tries_next = False
         self._log.info("this SE has a new key, %s", self._identity.thumbprint)
+
+    @property
+    def wants_receipt(self) -> bool:
+        """Whether the receipt at hand is for another key than this SE's."""
+        if self.grant is None:
+            return False
+        receipt = strict_json.decode(self.grant.receipt.body(), Receipt, max_bytes=_MAX_RECEIPT_BYTES)
+        return receipt.thumbprint != self.identity.thumbprint
+
+    def save_receipt(self, receipt: Envelope) -> None:
+        """Stores a verified receipt in place of the one that came with the grant. Raises `StorageError`."""
+        if self.grant is not None:
+            self.save_grant(msgspec.structs.replace(self.grant, receipt=receipt))
 
     def login_identity(self) -> tuple[Identity, bool]:
         """Returns the key to log in with, and whether it is the next one (see `key_refused`)."""

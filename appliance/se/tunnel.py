@@ -21,11 +21,12 @@ from typing import NamedTuple, Protocol
 from appliance import __version__
 from appliance.errors import ApplianceError, StorageError, TunnelError
 from appliance.pki.identity import Identity
+from appliance.pki.trust import verify_receipt
 from appliance.protocol import jws
 from appliance.protocol import tunnel as said
 from appliance.protocol.address import REVERSE_PORT
 from appliance.protocol.enroll import Grant, InstanceFacts
-from appliance.protocol.trust import TrustNode
+from appliance.protocol.trust import Envelope, TrustNode
 from appliance.protocol.tunnel import LinkEvent, LinkState
 from appliance.protocol.why import Step, StepResult
 from appliance.runtime import log
@@ -67,12 +68,33 @@ class KeyBook(Protocol):
         """The key that is to take the place of this SE's, stored durably."""
         ...
 
-    def promote_key(self) -> None:
-        """The next key is the key from now on."""
+    def promote_key(self, receipt: Envelope | None = None) -> None:
+        """The next key is the key from now on, and `receipt` is for it."""
+        ...
+
+    @property
+    def wants_receipt(self) -> bool:
+        """Whether the receipt at hand is for another key."""
+        ...
+
+    def save_receipt(self, receipt: Envelope) -> None:
+        """Stores it durably."""
         ...
 
     def key_refused(self) -> None:
         """The key was refused; where there are two, the other one is next."""
+        ...
+
+
+class AuditWitness(Protocol):
+    """Where signed audit heads survive."""
+
+    def heads(self, node: int) -> list[Envelope]:
+        """Those of a node."""
+        ...
+
+    def keep(self, envelope: Envelope) -> None:
+        """Keeps one where it holds and is the newest."""
         ...
 
 
@@ -115,6 +137,7 @@ class Caller:
     grant: Grant
     tickets: Tickets
     beliefs: Beliefs
+    witness: AuditWitness
     facts: Callable[[], InstanceFacts]
     host_keys: Callable[[], list[str]]
     spent: Callable[[], None]
@@ -272,6 +295,8 @@ class Link:
             time=self._clock.now(),
             host_keys=caller.host_keys(),
             links=self._earlier_links,
+            audit_heads=caller.witness.heads(node),
+            wants_receipt=caller.keys.wants_receipt,
         )
         answer = api.call(said.HELLO_PATH, hello, said.HelloAnswer, timeout_s=LOGIN_DEADLINE_S)
         if answer.node != node:
@@ -300,6 +325,23 @@ class Link:
             caller.spent()
         if answer.trust is not None:
             caller.beliefs.accept(answer.trust)
+        if answer.audit_head is not None:
+            caller.witness.keep(answer.audit_head)
+        receipt = self._receipt_for(answer.receipt, caller.identity.thumbprint)
+        if receipt is not None:
+            caller.keys.save_receipt(receipt)
+
+    def _receipt_for(self, envelope: Envelope | None, thumbprint: str) -> Envelope | None:
+        """Returns a receipt where it is for this SE with that key; without one, the next hello asks for it."""
+        if envelope is None:
+            return None
+        try:
+            receipt = verify_receipt(envelope, self._caller.beliefs.current.roots)
+        except ApplianceError as error:
+            self._log.warning("the receipt for this SE's key is not kept: %s", error.message)
+            return None
+        is_ours = (receipt.se_id, receipt.thumbprint) == (self._caller.grant.se_id, thumbprint)
+        return envelope if is_ours else None
 
     def _tell_reverse(self, problem: str) -> None:
         result = StepResult.FAILED if problem else StepResult.OK
@@ -364,6 +406,8 @@ class Link:
         if first and self.state is LinkState.UP:
             text = f"answered by node {self._node.number} after {self._rtt_s * 1000:.1f} ms"
             self._caller.tell(Step.HEARTBEAT, StepResult.OK, text, "", "")
+        if pong.audit_head is not None:
+            self._caller.witness.keep(pong.audit_head)
         self._is_key_due = pong.rotate_key and not self._caller.is_next_key
         if pong.trust is not None:
             try:
@@ -386,4 +430,4 @@ class Link:
         answer = api.call(said.ROTATE_PATH, wish, said.RotateAnswer, timeout_s=LOGIN_DEADLINE_S)
         if answer.thumbprint != successor.thumbprint:
             raise TunnelError(f"the controller took the key {answer.thumbprint}, which nobody sent", code="TUNNEL-036")
-        caller.keys.promote_key()
+        caller.keys.promote_key(self._receipt_for(answer.receipt, successor.thumbprint))

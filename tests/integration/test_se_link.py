@@ -29,6 +29,7 @@ from appliance.se import tunnel
 from appliance.se.believed import Beliefs
 from appliance.se.identity import SeState
 from appliance.se.tunnel import Caller, Link
+from appliance.se.witness import Witness
 from appliance.settings import Se
 
 CLOCK = SystemClock()
@@ -77,9 +78,12 @@ class Stand:
         return Caller(
             user="aviseuser",
             identity=self.state.identity,
+            is_next_key=False,
+            keys=self.state,
             grant=grant,
             tickets=self.state,
             beliefs=self.beliefs,
+            witness=Witness(self.state.directory / "witness.json", self.beliefs),
             facts=InstanceFacts,
             host_keys=lambda: ["ssh-ed25519 AAAA"],
             spent=partial(self.state.scrub_image_key, self.paths),
@@ -463,7 +467,7 @@ def test_a_new_trust_document_is_followed(ssh: Gateway, stand: Stand, cluster: C
     key = ssh_keys.generate()[1]
     ssh.new_trust = cluster.trust(version=2, login_keys=[key])
     until(lambda: stand.beliefs.version == 2, what="the new document is in force")
-    assert key in stand.state.authorized_keys_path.read_text()
+    until(lambda: key in stand.state.authorized_keys_path.read_text(), what="its log-in key is written")
     assert cluster.login_line not in stand.state.authorized_keys_path.read_text()
     until(lambda: ssh.beats[-1].trust_version == 2, what="the controller hears of it")
 

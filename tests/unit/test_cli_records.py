@@ -383,7 +383,7 @@ def test_init_makes_a_cluster_once(cli: Cli, tmp_path: Path) -> None:
 def test_init_tells_what_is_next(cli: Cli) -> None:
     code, out, _ = cli("controller", "init", "--address", "c.example", "--enroll-port", "9443", "--date", "now")
     assert code == 0
-    for word in ("appliance mode set controller", "image-builder seed --bundle", "root-ca.key"):
+    for word in ("appliance mode set controller", "image-builder seed --bundle", "controller backup"):
         assert word in out
 
 
@@ -418,9 +418,9 @@ def test_init_wants_to_know_a_port_that_the_system_chooses(cli: Cli) -> None:
 
 
 def test_a_date_without_a_zone_is_utc() -> None:
-    from appliance.cli.controller import _Date
+    from appliance.cli.backup import Date
 
     at = int(datetime(2026, 1, 31, 12, tzinfo=UTC).timestamp())
-    convert = _Date().convert
+    convert = Date().convert
     assert convert("2026-01-31T12:00", None, None) == at
     assert convert("2026-01-31T13:00+01:00", None, None) == at

@@ -94,6 +94,13 @@ class SeedError(ApplianceError):
     exit_code = 6
 
 
+class ImageError(ApplianceError):
+    """An image, or the disk it starts from, can't be made or isn't what it should be."""
+
+    code = "IMAGE-001"
+    exit_code = 11
+
+
 class EnrollError(ApplianceError):
     """Enrollment was refused or could not be carried out."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -16,10 +17,26 @@ from appliance.errors import ApplianceError
 from appliance.protocol.seed import MAX_BUNDLE_BYTES
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class _Commands(click.Group):
+    """Imports what a command needs when it is called: `--version` and `seed` start without the rest."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """All names, in the order of an image's life."""
+        return ["base", "build", "verify", *super().list_commands(context)]
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """Finds a command by name."""
+        if name in {"base", "build", "verify"}:
+            from image_builder import cli_images
+
+            return {"base": cli_images.base, "build": cli_images.build, "verify": cli_images.verify}[name]
+        return super().get_command(context, name)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(__version__, prog_name="image-builder")
 def cli() -> None:
-    """Bakes what service engines start from."""
+    """Bakes what service engines and controllers start from."""
 
 
 @cli.command()
@@ -107,8 +124,13 @@ def seed(
             )
 
 
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     """Runs the command line and returns its exit code."""
+    signal.signal(signal.SIGTERM, _stop)  # a pipeline that is cancelled shall leave nothing behind either
     try:
         result = cli.main(prog_name="image-builder", standalone_mode=False)
     except click.ClickException as error:

@@ -9,12 +9,14 @@ import io
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pycdlib
 from pycdlib import dates, headervd
 from pycdlib import pycdlib as pycdlib_core
 
+from appliance.errors import ImageError
 from appliance.protocol.seed import ISO_LABEL
 from image_builder.seed import SeedFile
 
@@ -64,3 +66,33 @@ def render(files: Sequence[SeedFile], *, at: int) -> bytes:
         image.write_fp(written)
         image.close()
     return written.getvalue()
+
+
+def read(path: Path, *, max_bytes: int) -> dict[str, bytes]:
+    """Returns the files in the root folder of an ISO image by their Rock Ridge or Joliet names.
+
+    Raises:
+        ImageError: it can't be read, or a file is too large.
+    """
+    image = pycdlib.PyCdlib()
+    found: dict[str, bytes] = {}
+    sizes: dict[str, int] = {}
+    try:
+        image.open(str(path))
+        kind = "rr_path" if image.has_rock_ridge() else "joliet_path"
+        for child in image.list_children(**{kind: "/"}):
+            if child is None or not child.is_file():
+                continue
+            name = image.full_path_from_dirrecord(child, rockridge=kind == "rr_path").lstrip("/")
+            sizes[name] = child.get_data_length()
+            if sizes[name] <= max_bytes:
+                content = io.BytesIO()
+                image.get_file_from_iso_fp(content, **{kind: f"/{name}"})
+                found[name] = content.getvalue()
+        image.close()
+    except Exception as error:  # noqa: BLE001 - foreign bytes: pycdlib raises struct and index errors on damage
+        raise ImageError(f"{path} can't be read as an ISO image: {error}") from None
+    for name, size in sizes.items():
+        if name not in found:
+            raise ImageError(f"{name} in {path} has {size} bytes, at most {max_bytes} are read")
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from appliance.errors import StorageError
@@ -80,3 +80,61 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+class Draft:
+    """A hidden folder (0700) beside the targets, in which everything is made. Use as a context: it goes at the end.
+
+    Raises:
+        StorageError: it can't be made, or what lies in it can't be put under its names.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        try:
+            self.path = Path(tempfile.mkdtemp(prefix=".image-builder-", dir=directory.absolute()))
+        except OSError as error:
+            raise StorageError(
+                f"no work folder can be made in {directory}: {error.strerror}",
+                hint="choose another folder for the output, or check its permissions and free space",
+            ) from error
+
+    def __enter__(self) -> Path:
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        # mmdebstrap mounts in a name space of its own; should a mount have stayed in ours, what lies behind it is
+        # the machine's /dev or /proc
+        mounts = Path("/proc/self/mounts").read_text("utf-8", "replace")
+        if f" {self.path}/" not in mounts:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def publish(files: Mapping[Path, Path], *, modes: Mapping[Path, int]) -> None:
+    """Gives finished files (keys) their names (values), all of them or none; existing ones are never replaced.
+
+    Args:
+        files: in a draft beside their targets, so that a rename is enough.
+        modes: of a target; 0644 where it isn't named.
+
+    Raises:
+        StorageError: one could not be placed; those before it are gone again.
+    """
+    placed: list[Path] = []
+    try:
+        for made, target in files.items():
+            descriptor = os.open(made, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fchmod(descriptor, modes.get(target, 0o644))
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.link(made, target)  # unlike rename, it refuses a name that came up meanwhile
+            placed.append(target)
+            _sync(target.absolute().parent)
+    except OSError as error:
+        for target in placed:
+            target.unlink(missing_ok=True)
+        raise StorageError(
+            f"{error.filename2 or error.filename} could not be written: {error.strerror}",
+            hint="check the disk's free space and the folder's permissions; nothing was left behind",
+        ) from error

@@ -33,6 +33,7 @@ from appliance.protocol import seed as protocol
 from appliance.protocol import strict_json
 from appliance.protocol.address import format_endpoint, parse_endpoint
 from appliance.protocol.trust import TrustDocument
+from image_builder import cloud
 
 ENROLL_PORT = 8443
 MAX_CONTROLLERS = 16
@@ -93,6 +94,22 @@ def _strings(value: Any, path: str) -> Iterator[tuple[str, str]]:
 def find_private_keys(value: Any, path: str) -> list[str]:
     """Returns the paths under which `value` (builtins) holds anything like a private key, each once."""
     return list(dict.fromkeys(where for where, text in _strings(value, path) if _PRIVATE.search(text)))
+
+
+def check_wishes(wishes: Wishes, cloud_wishes: cloud.CloudWishes) -> list[str]:
+    """Returns what is wrong with wishes, one sentence each, where there is no bundle to bake them with yet."""
+    problems: list[str] = []
+    _check_wishes(wishes, problems)
+    return problems + _check_cloud(cloud_wishes)
+
+
+def _check_cloud(wishes: cloud.CloudWishes) -> list[str]:
+    texts = {"operator_key": wishes.operator_key, "timezone": wishes.timezone}
+    texts |= {f"hook {hook.name}": hook.content.decode("latin-1") for hook in wishes.hooks}
+    found = find_private_keys(texts, "recipe")
+    if found:
+        return [f"{where} holds a private key: only the bundle's image key goes into a seed" for where in found]
+    return cloud.check(wishes)
 
 
 def _check_wishes(wishes: Wishes, problems: list[str]) -> tuple[protocol.Hints, str, list[str]]:
@@ -200,18 +217,16 @@ def _read_bundle(raw: bytes, problems: list[str]) -> tuple[protocol.Bundle, str,
     return bundle, root_ca, identity
 
 
-def _cloud_config(hostname: str) -> bytes:
-    """cloud-init's part (cloudinit.readthedocs.io, modules `set_hostname` and `runcmd`, once per instance)."""
-    # JSON strings are YAML strings; bare, a host name such as `on` or `1e3` would be none
-    lines = ["#cloud-config"]
-    if hostname:
-        lines += [f"hostname: {json.dumps(hostname)}", "preserve_hostname: false"]
-    lines += ["runcmd:", '  - ["appliance", "mode", "set", "se"]']
-    return ("\n".join(lines) + "\n").encode()
-
-
 def bake(
-    raw_bundle: bytes | None, wishes: Wishes, *, baked_at: int, now: int, problems: Sequence[str] = ()
+    raw_bundle: bytes | None,
+    wishes: Wishes,
+    *,
+    baked_at: int,
+    now: int,
+    problems: Sequence[str] = (),
+    cloud_wishes: cloud.CloudWishes = cloud.NO_WISHES,
+    target: cloud.Target = cloud.Target.IMAGE,
+    system: str = "",
 ) -> BakedSeed:
     """Makes the files of a seed.
 
@@ -221,18 +236,27 @@ def bake(
         baked_at: seconds since 1970; the floor under any clock the VM will believe, and the date of every file.
         now: this machine's clock, seconds since 1970.
         problems: mistakes found already, told together with those found here.
+        cloud_wishes: what cloud-init does beside starting the agent.
+        target: the kind of disk that the seed is for.
+        system: digest of what else is on that disk; the image id follows from it too.
 
     Raises:
         SeedError: with all mistakes, one a line.
     """
     mistakes = list(problems)
     hints, hostname, controllers = _check_wishes(wishes, mistakes)
+    mistakes += _check_cloud(cloud_wishes)
     if not 0 < baked_at <= now + FUTURE_LIMIT_S:
         mistakes.append(
             f"baked_at {baked_at}: seconds since 1970, at most a day ahead of this machine's clock ({now}), expected;"
             " a VM would refuse every controller until then"
         )
     read = _read_bundle(raw_bundle, mistakes) if raw_bundle is not None else None
+    if read is not None and 0 < read[0].image_key_expires_at <= now:
+        days = (now - read[0].image_key_expires_at) // 86400
+        mistakes.append(
+            f"the bundle's image key {read[0].image_key_id} expired {days} days ago: nothing could enroll by it"
+        )
     if read is not None and not wishes.controllers:
         controllers = _check_controllers(read[0].controllers, "bundle's controller", mistakes)
         if not controllers:
@@ -253,15 +277,24 @@ def bake(
         hints=hints,
     )
     trust_json = strict_json.encode(bundle.trust)
-    digest = hashlib.sha256(b"\0".join([strict_json.encode(seed), trust_json, hostname.encode()])).hexdigest()
+    wished = strict_json.encode(msgspec.to_builtins(cloud_wishes))
+    parts = [strict_json.encode(seed), trust_json, hostname.encode(), wished, target.value.encode(), system.encode()]
+    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()
     seed = msgspec.structs.replace(seed, image_id=f"seed-{digest[:16]}")
     meta = f"instance-id: {json.dumps(seed.image_id)}\nlocal-hostname: {json.dumps(hostname or 'appliance-se')}\n"
     files = [
-        SeedFile(protocol.USER_DATA_FILE, _cloud_config(hostname), 0o644),
+        SeedFile(
+            protocol.USER_DATA_FILE,
+            cloud.user_data(cloud_wishes, target=target, hostname=hostname, mode="se"),
+            0o644,
+        ),
         SeedFile(protocol.META_DATA_FILE, meta.encode(), 0o644),
         SeedFile(protocol.SEED_FILE, strict_json.encode(seed) + b"\n", 0o644),
         SeedFile(protocol.ROOT_CA_FILE, root_ca.encode(), 0o644),
         SeedFile(protocol.TRUST_FILE, trust_json + b"\n", 0o644),
         SeedFile(protocol.IMAGE_KEY_FILE, identity.pkcs8().reveal(), 0o600),
     ]
+    network = cloud.network_config(cloud_wishes.network, target=target)
+    if network is not None:
+        files.append(SeedFile(protocol.NETWORK_CONFIG_FILE, network, 0o644))
     return BakedSeed(seed=seed, hostname=hostname, files=files)

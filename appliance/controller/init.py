@@ -15,6 +15,7 @@ from typing import NamedTuple
 from appliance.controller import material
 from appliance.controller.audit import Audit
 from appliance.controller.material import Files, Material
+from appliance.controller.records import ImageKeyRecord
 from appliance.controller.registry import Registry
 from appliance.controller.store.sqlite import SqliteStore
 from appliance.errors import SettingsError, StorageError, UsageError
@@ -38,14 +39,15 @@ class ControllerInit(NamedTuple):
     root_fingerprint: str
 
 
-def make_bundle(loaded: Material, image_key_id: str, identity: Identity) -> Bundle:
+def make_bundle(loaded: Material, record: ImageKeyRecord, identity: Identity) -> Bundle:
     """Returns the bundle of a freshly made image key."""
     return Bundle(
         schema=SCHEMA,
         cluster_id=loaded.cluster.cluster_id,
         root_ca=loaded.root_pem,
         trust=loaded.envelope,
-        image_key_id=image_key_id,
+        image_key_id=record.image_key_id,
+        image_key_expires_at=record.expires_at,
         image_key=identity.pkcs8().reveal().decode(),
         controllers=[format_endpoint(address, loaded.cluster.enroll_port) for address in loaded.cluster.addresses],
     )
@@ -130,5 +132,5 @@ async def _first_image_key(
     finally:
         await store.close()
     bundle_path = files.bundles / f"{record.image_key_id}.json"
-    write_atomic(bundle_path, strict_json.encode(make_bundle(loaded, record.image_key_id, identity)), mode=0o600)
+    write_atomic(bundle_path, strict_json.encode(make_bundle(loaded, record, identity)), mode=0o600)
     return record.image_key_id, str(bundle_path)

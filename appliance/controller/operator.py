@@ -300,7 +300,7 @@ class OperatorApi:
             detail = "; ".join(faults)
             raise ProblemError(simple_problem(400, "USAGE-001", "The terms don't hold", detail=detail))
         record, identity = await self._registry.create_image_key(wish, actor=request.state.actor)
-        bundle = make_bundle(self._material, record.image_key_id, identity)
+        bundle = make_bundle(self._material, record, identity)
         return ImageKeyCreated(key=self._key_view(record), bundle=bundle)
 
     async def revoke_image_key(self, request: Request, body: Reasoned) -> ImageKeyRevoked:

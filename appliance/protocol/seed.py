@@ -25,7 +25,13 @@ TRUST_FILE = "trust.json"
 IMAGE_KEY_FILE = "image-key.pem"
 USER_DATA_FILE = "user-data"
 META_DATA_FILE = "meta-data"
+NETWORK_CONFIG_FILE = "network-config"
 ISO_LABEL = "CIDATA"
+
+OWN_LABEL = "APPL-SEED"
+"""FAT label and GPT name of the seed partition on our own minimal system."""
+OWN_TYPE = "5EEDA991-1A0C-4E55-9C1B-0A5EED0A9910"
+"""GPT type of that partition; nobody else makes one of it, so nothing mounts it by itself."""
 
 MAX_SEED_BYTES = 64 * 1024
 MAX_BUNDLE_BYTES = 512 * 1024
@@ -67,6 +73,8 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     image_key_id: str
     image_key: str
     """PKCS #8 PEM, Ed25519."""
+    image_key_expires_at: int = 0
+    """Seconds since 1970, so that a builder without a way to the controller can refuse in time; 0: not told."""
     controllers: list[str]
 
 

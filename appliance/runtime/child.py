@@ -23,17 +23,24 @@ from typing import Self
 from appliance.errors import ChildError
 
 _TAIL_CHARS = 2000
+_REST_S = 1.0
 _SYSTEM_DIRECTORIES = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 """Searched after PATH: an ordinary user's PATH on Debian lacks the sbin directories, where sshd lives."""
 _PACKAGES = {
     "curl": "curl",
     "cloud-init": "cloud-init",
+    "debugfs": "e2fsprogs",
+    "dumpe2fs": "e2fsprogs",
     "growpart": "cloud-guest-utils",
     "mcopy": "mtools",
     "mformat": "mtools",
+    "minfo": "mtools",
     "mke2fs": "e2fsprogs",
+    "mmd": "mtools",
     "mmdebstrap": "mmdebstrap",
+    "newuidmap": "uidmap",
     "qemu-img": "qemu-utils",
+    "qemu-io": "qemu-utils",
     "qemu-system-x86_64": "qemu-system-x86",
     "sfdisk": "fdisk",
     "sgdisk": "gdisk",
@@ -41,9 +48,11 @@ _PACKAGES = {
     "ssh-keygen": "openssh-client",
     "ssh-keyscan": "openssh-client",
     "sshd": "openssh-server",
+    "syslinux": "syslinux",
     "systemctl": "systemd",
     "systemd-analyze": "systemd",
     "tar": "tar",
+    "unshare": "util-linux",
     "xorriso": "xorriso",
 }
 """Program to the Debian package that has it."""
@@ -83,6 +92,11 @@ def find_program(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=_SYSTEM_DIRECTORIES)
 
 
+def package_of(name: str) -> str:
+    """Returns the Debian package that has a program; "" where that isn't known."""
+    return _PACKAGES.get(name, "")
+
+
 def self_command() -> list[str]:
     """Returns how to start this program itself."""
     return [sys.executable] if getattr(sys, "frozen", False) else [sys.executable, "-m", "appliance"]
@@ -94,6 +108,7 @@ def run(
     timeout_s: float,
     input: str | bytes | None = None,  # noqa: A002 - as in subprocess
     cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
     check: bool = True,
 ) -> Completed:
     """Runs a program to its end.
@@ -103,18 +118,26 @@ def run(
         timeout_s: after it the program and all that it started are killed.
         input: for its stdin, which is otherwise empty.
         cwd: working directory.
+        env: goes on top of our own environment, cleaned.
         check: whether an exit code other than 0 is an error.
 
     Raises:
         ChildError: missing program, deadline, or exit code; with the command to paste and the end of its stderr.
     """
-    process = _start(args, cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = _start(
+        args,
+        cwd=cwd,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**clean_environment(), **(env or {})},
+    )
     with process:
         try:
             stdout, stderr = process.communicate(input.encode() if isinstance(input, str) else input, timeout_s)
         except subprocess.TimeoutExpired:
             _kill_group(process)
-            _, stderr = process.communicate()
+            stderr = _rest(process)
             raise _failure(args, f"didn't end within {timeout_s:g} s", stderr) from None
         except BaseException:
             _kill_group(process)
@@ -207,7 +230,7 @@ def _start(
 ) -> subprocess.Popen[bytes]:
     program = find_program(args[0])
     if program is None:
-        package = _PACKAGES.get(Path(args[0]).name)
+        package = package_of(Path(args[0]).name)
         hint = f"apt-get install {package}" if package else "install it, or put it on the PATH"
         raise ChildError(f"the program {args[0]!r} isn't on this machine", hint=hint)
     try:
@@ -228,6 +251,14 @@ def _start(
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def _rest(process: subprocess.Popen[bytes]) -> bytes:
+    """Returns what a killed program had said; one that left its group may keep the pipe open for ever."""
+    try:
+        return process.communicate(timeout=_REST_S)[1]
+    except subprocess.TimeoutExpired:
+        return b""
 
 
 def _describe(returncode: int) -> str:

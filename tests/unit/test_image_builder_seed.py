@@ -112,7 +112,7 @@ def test_cloud_init_gets_host_name_and_mode(cluster: Cluster) -> None:
     user, meta = content(seed, "user-data").decode(), content(seed, "meta-data").decode()
     assert user.splitlines()[0] == "#cloud-config"
     assert 'hostname: "edge-1-north"' in user
-    assert json.loads(user.split("  - ")[1]) == ["appliance", "mode", "set", "se"]
+    assert json.loads(user.split("runcmd: ")[1]) == [["appliance", "mode", "set", "se"]]
     assert meta == f'instance-id: "{seed.seed.image_id}"\nlocal-hostname: "edge-1-north"\n'
     assert 'hostname: "on"' in content(baked(cluster.bundle(), hostname="on"), "user-data").decode()
     assert "hostname" not in content(baked(cluster.bundle()), "user-data").decode()

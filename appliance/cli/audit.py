@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 import time
 from collections import deque
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
+import msgspec
 
 from appliance.cli import output
 from appliance.cli.context import CliContext, json_option, pass_context, print_json
@@ -19,9 +21,24 @@ from appliance.errors import StorageError, UsageError
 from appliance.protocol import audit, strict_json
 from appliance.protocol.enroll import is_se_id
 from appliance.protocol.operator import AuditEntry, AuditVerdict
+from appliance.protocol.trust import AuditHead, Envelope
 
 _PAGE = 1000
 _MAX_FILE_BYTES = 256 * 1024 * 1024
+
+_SQLITE = b"SQLite format 3\0"
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+class _Heads(msgspec.Struct, frozen=True):
+    heads: list[Envelope]
+
+
+class _WitnessFile(msgspec.Struct, frozen=True):
+    """`witness.json` of an SE."""
+
+    value: _Heads
+
 
 _COLUMNS = (
     Column("#", right=True),
@@ -81,25 +98,52 @@ def show(context: CliContext, limit: int, after: int | None) -> None:
 
 
 @command.command()
+@json_option
+@pass_context
+def head(context: CliContext) -> None:
+    """Signs the newest entry now, hands it to the SEs as witnesses, and prints it for `verify --head`."""
+    envelope = Operator(context.paths.controller_socket).sign_audit_head()
+    if context.json:
+        print_json(envelope)
+    else:
+        click.echo(strict_json.encode(envelope))
+
+
+@command.command()
 @click.option(
     "--file",
     type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
-    help="Verify an export (`audit show --limit 0 --json`) offline; - is stdin.",
+    help="Verify offline: an export (`audit show --limit 0 --json`; - is stdin), or a copied store.sqlite.",
 )
 @click.option(
     "--cluster", "cluster_id", default="", help="With --file: the cluster id, to check the chain's beginning."
 )
-@click.option("--head", default="", help="With --file: the newest hash as a witness remembers it, to check the end.")
+@click.option(
+    "--head",
+    default="",
+    help="With --file: what a witness remembers: the newest hash, or a file (`audit head`, or an SE's witness.json).",
+)
+@click.option(
+    "--root",
+    "root_certificate",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="With a --head file: the root CA's certificate, which signed it.  [default: this instance's]",
+)
 @json_option
 @pass_context
-def verify(context: CliContext, file: Path | None, cluster_id: str, head: str) -> None:
-    """Checks that no entry was changed, removed, inserted or reordered. Exits with 1 where one was."""
+def verify(context: CliContext, file: Path | None, cluster_id: str, head: str, root_certificate: Path | None) -> None:
+    """Checks that no entry was changed, removed, inserted or reordered. Exits with 1 where one was.
+
+    Only a head shows that entries were cut off at the end, or that the whole chain was written anew.
+    """
     if file is None:
-        if cluster_id or head:
-            raise UsageError("--cluster and --head belong to --file", hint="the controller knows both by itself")
+        if cluster_id or head or root_certificate:
+            raise UsageError(
+                "--cluster, --head and --root belong to --file", hint="the controller knows them by itself"
+            )
         verdict = Operator(context.paths.controller_socket).verify_audit()
     else:
-        verdict = _verify_file(file, cluster_id, head)
+        verdict = _verify_file(context, file, cluster_id, head, root_certificate)
     if context.json:
         print_json(verdict)
     else:
@@ -116,12 +160,60 @@ def verify(context: CliContext, file: Path | None, cluster_id: str, head: str) -
         click.get_current_context().exit(1)
 
 
-def _verify_file(file: Path, cluster_id: str, head: str) -> AuditVerdict:
+def _read(file: Path) -> bytes:
     try:
         with sys.stdin.buffer if str(file) == "-" else file.open("rb") as stream:
-            raw = stream.read(_MAX_FILE_BYTES + 1)
+            return stream.read(_MAX_FILE_BYTES + 1)
     except OSError as error:
         raise StorageError(f"{file} can't be read: {error.strerror}") from None
-    entries = strict_json.decode(raw, list[AuditEntry], max_bytes=_MAX_FILE_BYTES)
+
+
+def _verify_file(
+    context: CliContext, file: Path, cluster_id: str, head: str, root_certificate: Path | None
+) -> AuditVerdict:
+    raw = _read(file)
+    if raw.startswith(_SQLITE):
+        entries = _of_store(raw, file)
+    else:
+        entries = strict_json.decode(raw, list[AuditEntry], max_bytes=_MAX_FILE_BYTES)
     start = audit.genesis(cluster_id, entries[0].node, entries[0].epoch) if cluster_id and entries else ""
-    return audit.verify(entries, start=start, head=head)
+    if not head or _HASH.fullmatch(head):
+        return audit.verify(entries, start=start, head=head)
+    return audit.verify(entries, start=start, witnesses=_witnesses(context, Path(head), root_certificate))
+
+
+def _of_store(raw: bytes, file: Path) -> list[AuditEntry]:
+    """The audit of a copied store; the log beside it (`-wal`) isn't looked at."""
+    from appliance.controller.store.copy import StoreCopy
+
+    with StoreCopy(raw, name=file) as store:
+        return [msgspec.json.decode(entry.value, type=AuditEntry) for entry in store.entries("audit/")]
+
+
+def _witnesses(context: CliContext, file: Path, root_certificate: Path | None) -> list[AuditHead]:
+    """Reads and verifies heads: of one envelope, or of an SE's `witness.json`."""
+    from appliance.pki.trust import verify_audit_head
+
+    certificate = root_certificate or context.paths.controller_state / "root-ca.pem"
+    try:
+        anchor = certificate.read_text("ascii")
+    except (OSError, UnicodeDecodeError):
+        raise UsageError(
+            f"the head's signature can't be checked: {certificate} can't be read",
+            hint="pass --root with the root CA's certificate; a bundle has it as root_ca",
+        ) from None
+    return [verify_audit_head(envelope, [anchor]) for envelope in _envelopes(_read(file), file)]
+
+
+def _envelopes(raw: bytes, file: Path) -> list[Envelope]:
+    try:
+        return msgspec.json.decode(raw, type=_WitnessFile).value.heads
+    except msgspec.MsgspecError:
+        pass
+    try:
+        return [msgspec.json.decode(raw, type=Envelope)]
+    except msgspec.MsgspecError as error:
+        raise UsageError(
+            f"{file} holds no signed audit head: {error}",
+            hint="give what `appliance audit head` printed, an SE's witness.json, or a hash of 64 hex digits",
+        ) from None

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from appliance.controller.rate import Rates
 from appliance.controller.records import ImageKeyRecord, Record, SeRecord, TokenRecord
 from appliance.controller.registry import Registry
 from appliance.errors import NotFoundError
@@ -35,6 +36,8 @@ from appliance.protocol.enroll import (
 from appliance.protocol.standing import Act, act
 
 _AUDITED = {Refusals.CONFLICT, Refusals.CLONED_KEY}
+AUDITED_REFUSALS_PER_H = 100
+"""And one an hour for each se_id: an image key opens the door to asking, it must not fill the audit."""
 _VERBS = {
     Act.APPROVE: "approved",
     Act.REJECT: "rejected",
@@ -51,6 +54,8 @@ class Enrolled(NamedTuple):
     record: SeRecord | None
     is_new: bool = False
     """Whether this request made the record."""
+    is_told: bool = False
+    """Whether a refusal went into the audit; of a flood of them only some do."""
 
 
 class Acted(NamedTuple):
@@ -72,6 +77,13 @@ class Admission:
         self._registry = registry
         self._pending_life_s = pending_life_s
         self._wall = wall
+        self._refusals = Rates(
+            rate_per_s=AUDITED_REFUSALS_PER_H / 3600,
+            burst=AUDITED_REFUSALS_PER_H,
+            source_rate_per_s=1 / 3600,
+            source_burst=1,
+            now=wall(),
+        )
 
     # What SEs ask for.
 
@@ -209,13 +221,14 @@ class Admission:
             return Enrolled(verdict, record, is_new=True)
 
     async def _note_refusal(self, request: EnrollRequest, refusal: Refusals, source: str) -> Enrolled:
-        if refusal in _AUDITED:
+        is_told = refusal in _AUDITED and self._refusals.allow(request.se_id, self._wall())
+        if is_told:
             unused, nonce = await self._registry.nonce_used(request.nonce, self._wall())
             await self._registry.commit(
                 compares=[unused], writes=[nonce], actor=f"se {source}", action="enroll.refused",
                 subject=request.se_id, detail=refusal.value.code,
             )  # fmt: skip
-        return _refused(refusal)
+        return _refused(refusal)._replace(is_told=is_told)
 
     def _judge(self, request: EnrollRequest, *, image_key_id: str) -> tuple[TokenRecord | None, Refusals | None]:
         """Returns the token that a request brings where it is good, else why it isn't."""

@@ -232,7 +232,7 @@ class EnrollApi:
         if outcome.record is not None:
             return outcome.record
         refusal = outcome.verdict.refusal or Refusals.MALFORMED
-        if refusal in {Refusals.CONFLICT, Refusals.CLONED_KEY}:
+        if outcome.is_told:
             text = f"refused {wish.se_id} from {request.state.source}: {refusal.value.title}"
             self._events.emit("enroll", "enroll.refused", wish.se_id, text)
         raise self._refusal(request, refusal, said_id=wish.se_id)

@@ -141,8 +141,11 @@ def verify(
     if head and head != reached:
         text = f"the newest entry has hash {reached[:12]}…, the witness remembers {head[:12]}…: entries were cut off"
         return AuditVerdict(entries=held, intact=False, text=text, head=reached)
+    text = "the chain is unbroken"
     for witness in awaited.values():
-        text = f"the witness remembers entry {witness.sequence} of node {witness.node}, epoch {witness.epoch}"
-        text += ": it is not among these, entries were cut off"
-        return AuditVerdict(entries=held, intact=False, text=text, head=reached)
-    return AuditVerdict(entries=held, intact=True, text="the chain is unbroken", head=reached)
+        told = f"a witness remembers entry {witness.sequence} of node {witness.node}, epoch {witness.epoch}"
+        if last is None or witness.node != last.node or witness.epoch >= last.epoch:
+            text = f"{told}: it is not among these, entries were cut off"
+            return AuditVerdict(entries=held, intact=False, text=text, head=reached)
+        text += f"; {told}, which a restore lost"
+    return AuditVerdict(entries=held, intact=True, text=text, head=reached)

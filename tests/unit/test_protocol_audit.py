@@ -8,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.protocol import audit
+from appliance.protocol.audit import HeadVerdict
 from appliance.protocol.operator import AuditEntry
+from appliance.protocol.trust import AuditHead
 
 GENESIS = audit.genesis("c-1", 1, 1)
 
@@ -145,3 +147,101 @@ def test_no_reordering_removal_or_repetition_survives(data: st.DataObject, lengt
     tampered = data.draw(st.lists(st.sampled_from(entries), max_size=length + 1))
     verdict = audit.verify(tampered, start=GENESIS, head=entries[-1].hash)
     assert verdict.intact == (tampered == entries)
+
+
+# ------------------------------------------------------------------------------- segments, heads and witnesses
+
+
+def continued(entries: list[AuditEntry], epoch: int, *, cluster: str = "c-1", after: str = "") -> list[AuditEntry]:
+    """`entries` and one more, in the epoch of a restore."""
+    last = entries[-1]
+    entry = AuditEntry(
+        sequence=last.sequence + 1, time=5000.0, node=1, epoch=epoch, actor="controller restore",
+        action="controller.restored", subject=cluster, detail="",
+        previous=audit.genesis("c-1", 1, epoch, after=after or last.hash),
+    )  # fmt: skip
+    return [*entries, audit.seal(entry)]
+
+
+def head_of(entry: AuditEntry, **changes: object) -> AuditHead:
+    head = AuditHead(
+        cluster_id="c-1", node=entry.node, epoch=entry.epoch, sequence=entry.sequence, hash=entry.hash, time=1
+    )  # fmt: skip
+    return msgspec.structs.replace(head, **changes)
+
+
+def test_a_restored_chain_goes_on_in_a_new_segment() -> None:
+    entries = continued(chain(5), 100)
+    assert audit.verify(entries, start=GENESIS, head=entries[-1].hash).intact
+
+
+@pytest.mark.parametrize("how", [{"cluster": "c-2"}, {"after": "0" * 64}])
+def test_a_segment_names_cluster_and_the_entry_before_it(how: dict[str, str]) -> None:
+    verdict = audit.verify(continued(chain(5), 100, **how), start=GENESIS)
+    assert not verdict.intact
+    assert "does not continue entry 5" in verdict.text
+
+
+def test_entries_removed_before_a_segment_are_found() -> None:
+    entries = continued(chain(5), 100)
+    del entries[4]
+    assert "entry 5 removed" in audit.verify(entries, start=GENESIS).text
+
+
+def test_no_segment_goes_back_in_time() -> None:
+    entries = continued(chain(5, epoch=100, start=audit.genesis("c-1", 1, 100)), 99)
+    assert "is of the chain of node 1, epoch 99" in audit.verify(entries).text
+
+
+def test_a_witness_finds_what_was_cut_off() -> None:
+    entries = chain(9)
+    heads = [head_of(entries[3]), head_of(entries[8])]
+    assert audit.verify(entries, start=GENESIS, witnesses=heads).intact
+    verdict = audit.verify(entries[:8], start=GENESIS, witnesses=heads)
+    assert not verdict.intact
+    assert "remembers entry 9" in verdict.text
+    assert not audit.verify([], witnesses=heads).intact
+    assert not audit.verify(chain(9, node=2, start=audit.genesis("c-1", 2, 1)), witnesses=heads).intact
+
+
+def test_a_witness_finds_a_chain_that_was_written_anew() -> None:
+    entries = chain(9)
+    forged = chain(4)
+    forged[3] = audit.seal(msgspec.structs.replace(forged[3], actor="mallory"))
+    verdict = audit.verify(forged, start=GENESIS, witnesses=[head_of(entries[3])])
+    assert not verdict.intact
+    assert "another one than the witness remembers" in verdict.text
+
+
+def test_a_fault_is_told_before_a_witness_is() -> None:
+    entries = chain(4)
+    head = head_of(entries[3])
+    entries[3] = msgspec.structs.replace(entries[3], actor="mallory", hash="0" * 64)
+    assert "was changed" in audit.verify(entries, start=GENESIS, witnesses=[head]).text
+
+
+def test_what_a_restore_lost_is_told_and_no_fault() -> None:
+    entries = continued(chain(5), 100)
+    verdict = audit.verify(entries, start=GENESIS, witnesses=[head_of(chain(8)[7])])
+    assert verdict.intact
+    assert "a witness remembers entry 8 of node 1, epoch 1, which a restore lost" in verdict.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "entry", "epoch", "verdict"),
+    [
+        ({}, True, 1, HeadVerdict.HOLDS),
+        ({}, False, 1, HeadVerdict.AHEAD),
+        ({"hash": "0" * 64}, True, 1, HeadVerdict.REWRITTEN),
+        ({}, False, 100, HeadVerdict.LOST),
+        ({"hash": "0" * 64}, True, 100, HeadVerdict.LOST),
+        ({}, True, 100, HeadVerdict.HOLDS),
+        ({"epoch": 2}, True, 1, HeadVerdict.AHEAD),
+        ({"epoch": 2}, False, 1, HeadVerdict.AHEAD),
+    ],
+)
+def test_a_head_is_judged_by_the_chain(
+    changes: dict[str, object], entry: bool, epoch: int, verdict: HeadVerdict
+) -> None:
+    last = chain(3)[2]
+    assert audit.judge_head(head_of(last, **changes), last if entry else None, epoch=epoch) is verdict

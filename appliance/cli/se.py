@@ -110,6 +110,14 @@ def print_table(console: Console, ses: Sequence[SeSummary], *, now: float) -> No
         output.say(console, f"and {len(troubled) - _MOST_NOTES:,} more")
 
 
+def _told(context: CliContext, detail: SeDetail, text: str) -> None:
+    """Says what was done to an SE, or shows it as it stands now."""
+    if context.json:
+        print_json(detail)
+    else:
+        output.say(output.screen(), text)
+
+
 @click.group("se")
 def command() -> None:
     """Service engines: list, look at, approve, revoke, reinstate, delete."""
@@ -202,10 +210,7 @@ def show(context: CliContext, se: str) -> None:
 def revoke(context: CliContext, se: str, reason: str) -> None:
     """Closes the links of SE at once and admits no new one; `reinstate` undoes it."""
     detail = Operator(context.paths.controller_socket).revoke_se(se, reason=reason)
-    if context.json:
-        print_json(detail)
-    else:
-        output.say(output.screen(), f"{_name(detail)} is revoked; its links are closed. `se reinstate` undoes it")
+    _told(context, detail, f"{_name(detail)} is revoked; its links are closed. `se reinstate` undoes it")
 
 
 @command.command()
@@ -219,10 +224,7 @@ def release(context: CliContext, se: str, reason: str) -> None:
     Switch the wrong one of the two off first.
     """
     detail = Operator(context.paths.controller_socket).release(se, reason=reason)
-    if context.json:
-        print_json(detail)
-    else:
-        output.say(output.screen(), f"{_name(detail)} is released; the first to come back with its key is this SE")
+    _told(context, detail, f"{_name(detail)} is released; the first to come back with its key is this SE")
 
 
 @command.command("rotate-key")
@@ -233,10 +235,7 @@ def release(context: CliContext, se: str, reason: str) -> None:
 def rotate_key(context: CliContext, se: str, reason: str) -> None:
     """Has SE make itself a new key; the old one stops working when the new one is known."""
     detail = Operator(context.paths.controller_socket).rotate_se_key(se, reason=reason)
-    if context.json:
-        print_json(detail)
-    else:
-        output.say(output.screen(), f"{_name(detail)} makes itself a new key with its next heartbeat")
+    _told(context, detail, f"{_name(detail)} makes itself a new key with its next heartbeat")
 
 
 @command.command()

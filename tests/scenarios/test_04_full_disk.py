@@ -10,7 +10,9 @@ import pytest
 from lab_rig import NOTICE_S, SLACK_S, RealSe, Site, SmallDisk, needs_mount, no_leak, site, small_disk
 from rig import until
 
+from appliance.errors import ApplianceError
 from appliance.pki import tls
+from appliance.protocol.operator import ImageKeyTermsWish
 from appliance.protocol.why import Step
 
 pytestmark = needs_mount
@@ -136,6 +138,14 @@ def test_the_controllers_disk_is_nearly_full(place: tuple[Site, SmallDisk], se: 
     late.stop()
 
 
+def use_up(at: Site) -> None:
+    """Commits until nothing goes into the store any more: a full disk leaves it its log and its reserve."""
+    end = time.monotonic() + 60.0
+    with pytest.raises(ApplianceError, match="full"):
+        while time.monotonic() < end:
+            at.controller.operator.create_image_key(ImageKeyTermsWish(note="n" * 200))
+
+
 def test_the_controllers_disk_is_full_to_the_last_byte(
     place: tuple[Site, SmallDisk], se: tuple[RealSe, SmallDisk]
 ) -> None:
@@ -154,6 +164,7 @@ def test_the_controllers_disk_is_full_to_the_last_byte(
             lambda: at.controller.operator.se(engine.name).last_heartbeat_at > beats + 2.0, what="the link lives on",
             deadline_s=NOTICE_S + SLACK_S,
         )  # fmt: skip
+        use_up(at)
         refused = at.controller.command("se", "revoke", engine.name, "--reason", "no room", check=False)
         assert refused.returncode != 0
         assert "full" in refused.stderr

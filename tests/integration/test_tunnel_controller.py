@@ -505,10 +505,10 @@ def test_the_reverse_path_keeps_every_byte_of_a_dialler_that_speaks_first(contro
                 received.extend(found)
                 ended.set()
 
+        server = await asyncio.start_server(sink, "127.0.0.1", 0)
         async with machine() as stand:
             se = await linked(stand, controller, "speaks-first")
             await until_async(lambda: controller.state("speaks-first") == "UP OK", what="UP")
-            server = await asyncio.start_server(sink, "127.0.0.1", 0)
             se.sshd_port = server.sockets[0].getsockname()[1]
             _reader, writer = await asyncio.open_connection(se.grant.address, controller.bound["reverse_port"])
             writer.write(sent)
@@ -517,7 +517,7 @@ def test_the_reverse_path_keeps_every_byte_of_a_dialler_that_speaks_first(contro
             assert bytes(received) == sent
             writer.close()
             await writer.wait_closed()
-            server.close()
-            await server.wait_closed()
+        server.close()
+        await server.wait_closed()
 
     asyncio.run(go())

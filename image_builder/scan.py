@@ -19,7 +19,7 @@ _OVERLAP = 64 * 1024
 _MARK = b"PRIVATE KEY-----"
 _KEY = re.compile(
     rb"-----BEGIN (?P<kind>[A-Z0-9 ]{0,24})PRIVATE KEY-----(?:\r?\n|\\n)"
-    rb"(?:[A-Za-z-]+: [^\r\n]{1,100}\r?\n)*\s*(?:[A-Za-z0-9+/=]{16,}(?:\r?\n|\\n)?)+"
+    rb"(?:[A-Za-z-]{1,30}: [^\r\n]{1,100}\r?\n){0,4}\s?[A-Za-z0-9+/=]{16}[A-Za-z0-9+/=\r\n\\]{0,49152}"
     rb"(?:-----END [A-Z0-9 ]{0,24}PRIVATE KEY-----)?"
 )
 _LIBC_MARK = b"GNU C Library ("

@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from cluster_bundle import NOW, Cluster
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
@@ -22,45 +23,12 @@ from appliance.pki.authority import Authority
 from appliance.pki.identity import Identity
 from appliance.pki.trust import verify_trust
 from appliance.protocol import strict_json
-from appliance.protocol.seed import Bundle, Seed
-from appliance.protocol.trust import TRUST_TYPE, Envelope, TrustDocument, TrustNode
+from appliance.protocol.seed import Seed
+from appliance.protocol.trust import TRUST_TYPE, Envelope
 from image_builder import cli, iso, output
 from image_builder.seed import BakedSeed, Wishes, bake
 
-NOW = 1_800_000_000
 ALL_FILES = ["user-data", "meta-data", "seed.json", "root-ca.pem", "trust.json", "image-key.pem"]
-
-
-class Cluster:
-    """A root with what a controller makes of it."""
-
-    def __init__(self) -> None:
-        self.authority = Authority.create("c-1", now=NOW)
-        self.host_key, self.host_line = ssh_keys.generate()
-        self.image_key_id, self.image_key = image_key.create_image_key()
-
-    def document(self, **changes: Any) -> TrustDocument:
-        document = TrustDocument(
-            cluster_id="c-1",
-            version=1,
-            epoch=1,
-            signed_at=NOW,
-            roots=[self.authority.certificate_pem.decode()],
-            nodes=[TrustNode(number=1, enroll=["c.example:8443"], ssh=["c.example:22"], host_keys=[self.host_line])],
-        )
-        return msgspec.structs.replace(document, **changes)
-
-    def bundle(self, document: TrustDocument | None = None, **changes: Any) -> bytes:
-        bundle = Bundle(
-            schema=1,
-            cluster_id="c-1",
-            root_ca=self.authority.certificate_pem.decode(),
-            trust=self.authority.sign(TRUST_TYPE, strict_json.encode(document or self.document())),
-            image_key_id=self.image_key_id,
-            image_key=self.image_key.pkcs8().reveal().decode(),
-            controllers=["c.example:8443"],
-        )
-        return strict_json.encode(msgspec.structs.replace(bundle, **changes))
 
 
 @pytest.fixture(scope="module")

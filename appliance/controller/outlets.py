@@ -170,7 +170,8 @@ def webhook(url: str, *, deadline_s: float = WEBHOOK_DEADLINE_S) -> Callable[[by
         else:
             connection = http.client.HTTPConnection(host, parts.port, timeout=deadline_s)
         # The timeout is for each read; a peer that drips bytes is cut off as a whole.
-        timer = threading.Timer(deadline_s, lambda: _cut(connection))
+        late = threading.Event()
+        timer = threading.Timer(deadline_s, lambda: _cut(connection, late))
         timer.daemon = True
         timer.start()
         try:
@@ -182,13 +183,16 @@ def webhook(url: str, *, deadline_s: float = WEBHOOK_DEADLINE_S) -> Callable[[by
         finally:
             timer.cancel()
             connection.close()
+        if late.is_set():
+            raise UnreachableError(f"POST {url}: no whole answer within {deadline_s:g} s")
         if not 200 <= answer.status < 300:
             raise UnreachableError(f"POST {url}: answered {answer.status}")
 
     return send
 
 
-def _cut(connection: http.client.HTTPConnection) -> None:
+def _cut(connection: http.client.HTTPConnection, late: threading.Event) -> None:
+    late.set()
     if connection.sock is not None:
         with contextlib.suppress(OSError):  # it ended by itself a moment ago
             connection.sock.shutdown(socket.SHUT_RDWR)

@@ -16,13 +16,14 @@ from appliance.errors import ApplianceError, TrustError
 from appliance.pki.authority import Authority
 from appliance.pki.envelope import sign_envelope, verify_envelope
 from appliance.pki.identity import Identity
-from appliance.pki.trust import verify_receipt, verify_trust
+from appliance.pki.trust import verify_audit_head, verify_receipt, verify_trust
 from appliance.protocol import strict_json
 from appliance.protocol.strict_json import MalformedError
 from appliance.protocol.trust import (
     AUDIT_HEAD_TYPE,
     RECEIPT_TYPE,
     TRUST_TYPE,
+    AuditHead,
     Envelope,
     EnvelopeSignature,
     Receipt,
@@ -260,6 +261,9 @@ def test_a_receipt_is_believed_by_its_own_cluster() -> None:
         (signed(RECEIPT, THEIRS, RECEIPT_TYPE), TrustError),
         (signed(msgspec.structs.replace(RECEIPT, cluster_id="c-2"), kind=RECEIPT_TYPE), TrustError),
         (signed(msgspec.structs.replace(RECEIPT, se_id="../../x"), kind=RECEIPT_TYPE), TrustError),
+        (signed(msgspec.structs.replace(RECEIPT, number=0), kind=RECEIPT_TYPE), TrustError),
+        (signed(msgspec.structs.replace(RECEIPT, number=1 << 30), kind=RECEIPT_TYPE), TrustError),
+        (signed(msgspec.structs.replace(RECEIPT, name="../x"), kind=RECEIPT_TYPE), TrustError),
         (signed(RECEIPT), TrustError),
         (signed(DOCUMENT), TrustError),
         (signed(DOCUMENT, kind=RECEIPT_TYPE), MalformedError),
@@ -269,3 +273,34 @@ def test_a_receipt_is_believed_by_its_own_cluster() -> None:
 def test_a_receipt_that_is_none(envelope: Envelope, kind: type[ApplianceError]) -> None:
     with pytest.raises(kind):
         verify_receipt(envelope, [pem(OURS)])
+
+
+HEAD = AuditHead(cluster_id="c-1", node=1, epoch=1, sequence=9, hash="ab" * 32, time=NOW)
+
+
+def head(**fields: Any) -> bytes:
+    return strict_json.encode(msgspec.structs.replace(HEAD, **fields))
+
+
+def test_an_audit_head_is_believed_by_its_own_cluster() -> None:
+    assert verify_audit_head(signed(HEAD, kind=AUDIT_HEAD_TYPE), [pem(OURS)]) == HEAD
+
+
+@pytest.mark.parametrize(
+    ("envelope", "kind"),
+    [
+        (signed(HEAD, THEIRS, AUDIT_HEAD_TYPE), TrustError),
+        (signed(HEAD, IMPOSTOR, AUDIT_HEAD_TYPE), TrustError),
+        (signed(HEAD, kind=RECEIPT_TYPE), TrustError),
+        (signed(head(cluster_id="c-2"), kind=AUDIT_HEAD_TYPE), TrustError),
+        (signed(head(node=0), kind=AUDIT_HEAD_TYPE), TrustError),
+        (signed(head(node=1 << 20), kind=AUDIT_HEAD_TYPE), TrustError),
+        (signed(head(epoch=-1), kind=AUDIT_HEAD_TYPE), TrustError),
+        (signed(head(sequence=-1), kind=AUDIT_HEAD_TYPE), TrustError),
+        (signed(head(hash="ab"), kind=AUDIT_HEAD_TYPE), TrustError),
+        (signed(RECEIPT, kind=AUDIT_HEAD_TYPE), MalformedError),
+    ],
+)
+def test_an_audit_head_that_is_none(envelope: Envelope, kind: type[ApplianceError]) -> None:
+    with pytest.raises(kind):
+        verify_audit_head(envelope, [pem(OURS)])

@@ -12,6 +12,7 @@ from appliance.errors import StateMachineError
 from appliance.protocol.tunnel import (
     DEADLINE_S,
     LARGE_FLEET,
+    UNKNOWN_TICKET,
     LinkEvent,
     LinkState,
     Newcomer,
@@ -180,3 +181,12 @@ def test_it_looks_when_it_said_it_would() -> None:
     assert not watchdog.should_ping(9.0)
     assert not watchdog.is_dead(1.9)
     assert watchdog.is_dead(2.0)
+
+
+@pytest.mark.parametrize("ticket", ["", "c", "anything"])
+def test_after_a_restore_the_first_ticket_that_comes_counts(ticket: str) -> None:
+    """Every SE's is newer than the backup's: a fleet of false alarms otherwise."""
+    unknown = Tickets(current=UNKNOWN_TICKET)
+    assert is_current(unknown, ticket)
+    assert judge_newcomer(unknown, ticket, older_link_answers=False) is Newcomer.ADMIT
+    assert judge_newcomer(unknown, ticket, older_link_answers=True) is Newcomer.QUARANTINE

@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from appliance.errors import ApplianceError, ImageError
+from appliance.protocol import strict_json
 from appliance.runtime import child
 
 PROGRAM = "appliance"
@@ -126,5 +127,5 @@ def read_description(raw: bytes) -> Beside:
     """
     try:
         return msgspec.json.decode(raw, type=Beside)
-    except msgspec.DecodeError as error:
+    except strict_json.UNDECODABLE as error:
         raise ImageError(f"{DESCRIPTION_FILE} on the seed partition can't be read: {error}") from error

@@ -11,6 +11,7 @@ from appliance.pki import trust
 from appliance.pki.manifest_signature import sign_manifest
 from appliance.pki.secret import Secret
 from appliance.protocol import seed as protocol
+from appliance.protocol import strict_json
 from appliance.protocol.seed import MAX_BUNDLE_BYTES
 from image_builder import agent as agent_files
 from image_builder import boot_disk, cloud, disk, overlay, partition, private_keys, scan
@@ -156,7 +157,7 @@ def _seen(system: System, draft: Path, *, cache: Path, steps: Steps) -> Seen:
     kept = cache / f"seen-{system.digest}.json"
     try:
         return msgspec.json.decode(kept.read_bytes(), type=Seen)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, *strict_json.UNDECODABLE):
         pass  # never looked at, or by another version
     raw = system.source.path
     if system.source.format != "raw":
@@ -181,7 +182,7 @@ def _cluster_keys(bundle: bytes | None) -> dict[str, str]:
         found = msgspec.json.decode(bundle or b"", type=protocol.Bundle)
         document = trust.verify_trust(found.trust, anchors=[found.root_ca], current=None)
         return private_keys.of_cluster(found.root_ca, document)
-    except (msgspec.DecodeError, ApplianceError):
+    except (ApplianceError, *strict_json.UNDECODABLE):
         return {}
 
 
@@ -196,7 +197,7 @@ def _read_bundle(recipe: Recipe, problems: list[str]) -> bytes | None:
         return None
     try:
         bundle = msgspec.json.decode(raw, type=protocol.Bundle)
-    except msgspec.DecodeError:
+    except strict_json.UNDECODABLE:
         return raw  # baking tells what is wrong with it
     if recipe.cluster and bundle.cluster_id != recipe.cluster:
         problems.append(f"the bundle is of cluster {bundle.cluster_id!r}, the recipe is for {recipe.cluster!r}")

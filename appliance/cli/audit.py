@@ -208,11 +208,11 @@ def _witnesses(context: CliContext, file: Path, root_certificate: Path | None) -
 def _envelopes(raw: bytes, file: Path) -> list[Envelope]:
     try:
         return msgspec.json.decode(raw, type=_WitnessFile).value.heads
-    except msgspec.MsgspecError:
+    except strict_json.UNDECODABLE:
         pass
     try:
         return [msgspec.json.decode(raw, type=Envelope)]
-    except msgspec.MsgspecError as error:
+    except strict_json.UNDECODABLE as error:
         raise UsageError(
             f"{file} holds no signed audit head: {error}",
             hint="give what `appliance audit head` printed, an SE's witness.json, or a hash of 64 hex digits",

@@ -22,6 +22,7 @@ from urllib.parse import quote, urlencode
 import msgspec
 
 from appliance.errors import ApplianceError, NotFoundError, UnreachableError, UsageError
+from appliance.protocol import strict_json
 from appliance.protocol.fleet import SeSummary
 from appliance.protocol.operator import (
     Approval,
@@ -210,7 +211,7 @@ class Operator:
             raise _refusal(status, raw)
         try:
             return msgspec.json.decode(raw, type=kind)
-        except msgspec.MsgspecError as error:
+        except strict_json.UNDECODABLE as error:
             raise ApplianceError(
                 f"the controller's answer to {method} {target} is of another shape: {error}",
                 hint="the daemon runs another version than this command; restart it after an upgrade",
@@ -310,7 +311,7 @@ def _refusal(status: int, raw: bytes) -> ApplianceError:
     """Returns the error for an answer that isn't a success: its class by code, by the code's prefix, or by status."""
     try:
         problem = msgspec.json.decode(raw, type=Problem)
-    except msgspec.MsgspecError:
+    except strict_json.UNDECODABLE:
         problem = Problem(type="", title=f"the controller answered {status}", status=status, code=f"HTTP-{status}")
     prefix = problem.code.partition("-")[0] + "-"
     found: type[ApplianceError] = ApplianceError

@@ -227,7 +227,7 @@ def load(path: Path, passphrase: Secret) -> tuple[Contents, bytes]:
                 hint="a newer version of this program made it: use that version",
             )
         return msgspec.msgpack.decode(plain, type=Contents), raw
-    except (zlib.error, msgspec.MsgspecError) as error:
+    except (zlib.error, *strict_json.UNDECODABLE) as error:
         raise StorageError(f"{path} opens, but holds no backup: {error}") from None
     except TrustError as error:
         raise TrustError(f"{path}: {error.message}", hint=error.hint) from None

@@ -19,6 +19,7 @@ from typing import TypeVar
 import msgspec
 
 from appliance.errors import StoreError
+from appliance.protocol import strict_json
 from appliance.protocol.enroll import ImageKeyTerms, InstanceFacts, Known, Policy, SeStatus
 from appliance.protocol.token import TokenTerms
 from appliance.protocol.tunnel import Tickets
@@ -190,7 +191,7 @@ def decode(raw: bytes, kind: type[T], key: str) -> T:
     """The reverse. Raises `StoreError` naming the key where the value isn't a `kind`."""
     try:
         return msgspec.json.decode(raw, type=kind)
-    except msgspec.MsgspecError as error:
+    except strict_json.UNDECODABLE as error:
         raise StoreError(
             f"the store's {key} is no {kind.__name__}: {error}", hint="restore the controller from a backup"
         ) from None

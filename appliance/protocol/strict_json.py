@@ -23,6 +23,9 @@ MAX_DEPTH: Final = 16
 
 MAX_INT: Final = 2**63 - 1
 
+UNDECODABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What msgspec's own decoders raise on foreign bytes, where a file of ours is read without the rules of this module."""
+
 _STRUCTURE: Final = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[{\]}]', re.DOTALL)
 """A whole string (possessive, and ended by the text where its quote is missing: linear time), or a bracket."""
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from appliance import __version__
+from appliance.protocol import strict_json
 from appliance.protocol.why import Chain, Link, Step, StepResult, verdict
 from appliance.runtime import log as logs
 from appliance.runtime.clock import Clock
@@ -137,5 +138,5 @@ def read_health(path: Path) -> HealthDocument | None:
     try:
         with path.open("rb") as file:
             return msgspec.json.decode(file.read(_MAX_BYTES), type=HealthDocument)
-    except (OSError, msgspec.DecodeError):
+    except (OSError, *strict_json.UNDECODABLE):
         return None

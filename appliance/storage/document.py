@@ -17,6 +17,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 import msgspec
 
 from appliance.errors import DocumentBrokenError, DowngradeError, StorageError
+from appliance.protocol import strict_json
 from appliance.storage.atomic import TooLargeError, read_limited, set_aside, write_atomic
 
 T = TypeVar("T")
@@ -82,7 +83,7 @@ class Document(Generic[T]):
             self._refuse(f"it holds more than {self._max_bytes} bytes", error)
         try:
             sealed = msgspec.json.decode(raw, type=_Sealed)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except strict_json.UNDECODABLE as error:
             self._refuse(str(error), error)
         if sealed.version > self._version:
             raise DowngradeError(

@@ -220,7 +220,7 @@ FORBIDDEN = {
         "make keys when the test runs; a key that was committed is known to everyone, for ever",
     ),
     "a package registry's host": (
-        re.compile(r"\b(?:py[p]i\.org|pythonhosted[.]org|registry[.]npmjs|deb[.]debian[.]org)", re.IGNORECASE),
+        re.compile(r"\b(?:py[p]i\.org|pythonhoste[d]\.org|registry[.]npm[j]s|deb[.]debian[.]org)", re.IGNORECASE),
         "which registry serves a package is the matter of each machine's own configuration; name the package alone",
     ),
     "a path of one machine": (

@@ -15,7 +15,7 @@ SCRIPTS = sorted(path.relative_to(PROJECT) for path in (PROJECT / "scripts").ite
 PAGES = sorted(
     path.relative_to(PROJECT) for path in (*PROJECT.glob("*.md"), *(PROJECT / "docs").rglob("*.md")) if path.is_file()
 )
-LOCKS = ("run", "build", "dev", "scan")
+LOCKS = ("run", "build", "dev", "scan", "fuzz")
 SOURCED = Path("scripts/env")
 
 
@@ -108,8 +108,10 @@ def test_what_is_tested_is_what_is_frozen() -> None:
 
 def test_the_lock_covers_what_the_project_asks_for() -> None:
     project = tomllib.loads(read("pyproject.toml"))["project"]
-    scanners = [line for line in read("requirements/scan.in").splitlines() if not line.startswith("#")]
-    groups = {"run": project["dependencies"], **project["optional-dependencies"], "scan": scanners}
+    groups = {"run": project["dependencies"], **project["optional-dependencies"]}
+    for name in ("scan", "fuzz"):
+        lines = read(f"requirements/{name}.in").splitlines()
+        groups[name] = [line for line in lines if not line.startswith("#")]
     for name, wanted in groups.items():
         names = {re.split(r"[<>=!\[; ]", entry)[0].lower().replace("_", "-") for entry in wanted}
         missing = names - locked(name).keys()

@@ -1,0 +1,208 @@
+"""Good input of each reader: one cluster of this process, its keys, and the documents that they signed."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from appliance.controller.records import ImageKeyRecord, encode
+from appliance.paths import Paths
+from appliance.pki import jws as signatures
+from appliance.pki import sealed
+from appliance.pki.authority import Authority
+from appliance.pki.identity import Identity
+from appliance.pki.image_key import create_image_key
+from appliance.pki.secret import Secret
+from appliance.protocol import audit, strict_json, telemetry, tunnel
+from appliance.protocol import seed as seeds
+from appliance.protocol.enroll import EnrollRequest, InstanceFacts, Policy
+from appliance.protocol.operator import AuditEntry
+from appliance.protocol.telemetry import Point, Sample
+from appliance.protocol.trust import TRUST_TYPE, Envelope, Receipt, TrustDocument, TrustNode
+from appliance.runtime.clock import SystemClock
+from appliance.runtime.health import Health
+from appliance.runtime.mode import ModeDocument, document_of
+from image_builder import iso
+from image_builder import seed as baking
+
+NOW = 1_790_000_000
+CLUSTER = "11111111-1111-4111-8111-111111111111"
+SE_ID = "22222222-2222-4222-8222-222222222222"
+BACKUP_MAGIC = b"appliance-fuzz 1"
+PASSPHRASE = Secret(b"five random words or more")
+
+
+@functools.cache
+def _folder(_pid: int) -> Path:
+    place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    path = Path(tempfile.mkdtemp(prefix="appliance-fuzz-", dir=place))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+def emptied(name: str) -> Path:
+    """An empty directory of this process, in memory where there is such a place."""
+    path = _folder(os.getpid()) / name
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    return path
+
+
+@functools.cache
+def authority() -> Authority:
+    return Authority.create(CLUSTER, now=NOW)
+
+
+def anchors() -> list[str]:
+    return [authority().certificate_pem.decode()]
+
+
+@functools.cache
+def image_key() -> tuple[str, Identity]:
+    return create_image_key()
+
+
+@functools.cache
+def identity() -> Identity:
+    return Identity.create()
+
+
+@functools.cache
+def host_key() -> str:
+    return Identity.create().public_line
+
+
+@functools.cache
+def trust_document() -> bytes:
+    node = TrustNode(number=1, enroll=["127.0.0.1:8443"], ssh=["127.0.0.1:22"], host_keys=[host_key()])
+    login = Identity.create().public_line
+    document = TrustDocument(
+        cluster_id=CLUSTER, version=1, epoch=1, signed_at=NOW, roots=anchors(), nodes=[node], login_keys=[login]
+    )
+    return strict_json.encode(document)
+
+
+@functools.cache
+def envelope() -> Envelope:
+    return authority().sign(TRUST_TYPE, trust_document())
+
+
+def receipt() -> bytes:
+    found = Receipt(
+        cluster_id=CLUSTER, se_id=SE_ID, thumbprint=identity().thumbprint, number=1, image_key_id=image_key()[0],
+        epoch=1, issued_at=NOW,
+    )  # fmt: skip
+    return strict_json.encode(found)
+
+
+def enrollment() -> bytes:
+    facts = InstanceFacts(boot_id=SE_ID, macs=["02:00:00:00:00:01"])
+    found = EnrollRequest(
+        audience=CLUSTER, nonce="n", se_id=SE_ID, se_key=identity().public_line, host_keys=[host_key()], facts=facts,
+        agent_version="1", attempt_id="0" * 16, hints=seeds.Hints(name="web-1", labels={"site": "north"}), token="",
+    )  # fmt: skip
+    return strict_json.encode(found)
+
+
+@functools.cache
+def signed_enrollment() -> bytes:
+    key_id, key = image_key()
+    return signatures.sign(enrollment(), [("image", key_id, key), ("se", identity().thumbprint, identity())])
+
+
+def hello() -> bytes:
+    found = tunnel.Hello(
+        protocol=1, agent_version="1", facts=InstanceFacts(), ticket="", trust_version=1, time=1.5,
+        host_keys=[host_key()],
+    )  # fmt: skip
+    return strict_json.encode(found)
+
+
+def heartbeat() -> bytes:
+    return strict_json.encode(tunnel.Heartbeat(sequence=1, time=1.5, telemetry=["x"]))
+
+
+def sample() -> bytes:
+    point = Point("system.cpu.load_average.1m", (), 0.43)
+    return telemetry.encode(Sample(time=float(NOW), points=[point])).encode()
+
+
+def sample_wire() -> bytes:
+    return telemetry._inflate(sample().decode())
+
+
+def http_answer(body: bytes) -> bytes:
+    return b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+
+
+@functools.cache
+def bundle() -> bytes:
+    key_id, key = image_key()
+    found = seeds.Bundle(
+        schema=seeds.SCHEMA, cluster_id=CLUSTER, root_ca=anchors()[0], image_key_id=key_id,
+        image_key=key.pkcs8().reveal().decode(), controllers=["127.0.0.1:8443"], trust=envelope(),
+    )  # fmt: skip
+    return strict_json.encode(found)
+
+
+@functools.cache
+def _baked() -> baking.BakedSeed:
+    return baking.bake(bundle(), baking.Wishes(name="web-1"), baked_at=NOW, now=NOW)
+
+
+def seed_files() -> dict[str, bytes]:
+    """The files that an SE reads, by name."""
+    return {file.name: file.content for file in _baked().files if file.name in SEED_NAMES}
+
+
+SEED_NAMES = (seeds.SEED_FILE, seeds.ROOT_CA_FILE, seeds.TRUST_FILE, seeds.IMAGE_KEY_FILE)
+
+
+@functools.cache
+def seed_iso() -> bytes:
+    return iso.render(_baked().files, at=NOW)
+
+
+@functools.cache
+def backup() -> bytes:
+    return sealed.seal(b"content", PASSPHRASE, magic=BACKUP_MAGIC, about={"cluster": CLUSTER})
+
+
+def audit_entries() -> bytes:
+    previous, entries = audit.genesis(CLUSTER, 1, 1), []
+    for sequence in range(1, 4):
+        entry = audit.seal(
+            AuditEntry(
+                sequence=sequence, time=float(NOW), node=1, epoch=1, actor="uid 0", action="test", subject=CLUSTER,
+                detail="", previous=previous,
+            )
+        )  # fmt: skip
+        previous = entry.hash
+        entries.append(entry)
+    return strict_json.encode(entries)
+
+
+def mode_file() -> bytes:
+    paths = Paths(emptied("mode"))
+    paths.mode_file.parent.mkdir(parents=True)
+    document_of(paths).save(ModeDocument())
+    return paths.mode_file.read_bytes()
+
+
+def health_file() -> bytes:
+    path = emptied("health") / "health.json"
+    Health(path, "se", SystemClock()).line("se", "UP", "", ["192.0.2.1"])
+    return path.read_bytes()
+
+
+def image_key_record() -> bytes:
+    key_id, key = image_key()
+    record = ImageKeyRecord(
+        image_key_id=key_id, public_key=key.public_line, policy=Policy.OPEN, created_at=NOW, expires_at=NOW + 1,
+        max_uses=1,
+    )  # fmt: skip
+    return encode(record)

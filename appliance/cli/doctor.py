@@ -114,6 +114,7 @@ def examine(context: CliContext) -> list[Finding]:
         lambda: check_glibc(os.confstr("CS_GNU_LIBC_VERSION") or ""),
         lambda: check_sockets(paths),
         lambda: check_systemd(paths, role),
+        lambda: check_recovery(paths, role),
     ]
     for check in checks:
         findings += check()
@@ -145,6 +146,21 @@ def check_daemon(paths: Paths, role: Mode) -> Iterator[Finding]:
     found = health.read_health(paths.health_file)
     says = f": {found.state} {found.reason}".rstrip() if found is not None and found.pid == pid and found.state else ""
     yield Finding("daemon", Result.OK, f"process {pid}{says}")
+
+
+def check_recovery(paths: Paths, role: Mode) -> Iterator[Finding]:
+    """Whether a restored controller still waits for somebody to look after what its backup did not know."""
+    from appliance.cli.operator import Operator
+
+    if role is not Mode.CONTROLLER:
+        return
+    try:
+        view = Operator(paths.controller_socket).recovery()
+    except ApplianceError:
+        return  # it doesn't run, or isn't ours to ask: told above
+    if view.is_active:
+        text = f"in RECOVERY since a restore; {len(view.waiting)} SEs wait with receipts"
+        yield Finding("recovery", Result.WARN, text, "`appliance controller recovery status`")
 
 
 _PRIVATE = {"identity.json", "tickets.json"}

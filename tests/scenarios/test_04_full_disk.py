@@ -204,3 +204,31 @@ def test_a_grant_given_before_the_disk_filled_up_is_kept(
     at.ssh.mend()
     at.until_up(engine, deadline_s=30.0)
     assert at.controller.operator.se(engine.name).summary.number == number
+
+
+def test_what_an_operator_does_on_a_full_disk_is_stored_and_audited(
+    place: tuple[Site, SmallDisk], se: tuple[RealSe, SmallDisk]
+) -> None:
+    """Space is held back for it: a thief's SE must be revocable although a log has filled the disk."""
+    at, disk = place
+    engine, _ = se
+    engine.start()
+    at.until_up(engine)
+    operator = at.controller.operator
+    reserve = at.controller.paths.controller_state / "disk-reserve"
+    until(reserve.exists, what="space is held back")
+    disk.fill()
+    while reserve.exists():  # what SQLite's files have room for
+        operator.create_image_key(ImageKeyTermsWish(note="n" * 200))
+    assert any("held back for the audit is used up" in text for text in operator.status().problems)
+    detail = operator.revoke_se(engine.name, reason="stolen")
+    assert detail.status == "revoked"
+    assert operator.audit(after=operator.verify_audit().entries - 1)[0].action == "se.revoked"
+    at.controller.kill()
+    disk.empty()
+    at.controller.start()
+    assert operator.se(engine.name).status == "revoked"
+    assert operator.verify_audit().intact
+    until(reserve.exists, what="space is held back again")
+    operator.reinstate_se(engine.name, reason="found")
+    at.until_up(engine, deadline_s=40.0)

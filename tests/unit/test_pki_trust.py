@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from appliance.errors import ApplianceError, TrustError
 from appliance.pki.authority import Authority
-from appliance.pki.envelope import sign_envelope, verify_envelope
+from appliance.pki.certificate import certificate_terms
+from appliance.pki.envelope import combine, sign_envelope, verify_envelope
 from appliance.pki.identity import Identity
 from appliance.pki.trust import verify_audit_head, verify_receipt, verify_trust
 from appliance.protocol import strict_json
@@ -304,3 +305,25 @@ def test_an_audit_head_is_believed_by_its_own_cluster() -> None:
 def test_an_audit_head_that_is_none(envelope: Envelope, kind: type[ApplianceError]) -> None:
     with pytest.raises(kind):
         verify_audit_head(envelope, [pem(OURS)])
+
+
+# ------------------------------------------------------------------------------------------ a change of root
+
+
+def test_two_roots_sign_one_document() -> None:
+    body = strict_json.encode(DOCUMENT)
+    both = combine([OURS.sign(TRUST_TYPE, body), NEXT.sign(TRUST_TYPE, body)])
+    for root in (OURS, NEXT):
+        assert verify_envelope(both, TRUST_TYPE, [pem(root)]) == body
+    with pytest.raises(TrustError, match="different payloads"):
+        combine([OURS.sign(TRUST_TYPE, body), NEXT.sign(TRUST_TYPE, b"{}")])
+
+
+def test_a_root_certifies_its_successor_and_no_stranger() -> None:
+    crossed = certificate_terms(OURS.cross_sign(NEXT, now=NOW))
+    own = certificate_terms(NEXT.certificate_pem)
+    assert crossed.is_authority
+    assert (crossed.key_id, crossed.cluster_id) == (own.key_id, own.cluster_id)
+    assert crossed.fingerprint != own.fingerprint
+    with pytest.raises(TrustError, match="a root of cluster c-2"):
+        OURS.cross_sign(THEIRS, now=NOW)

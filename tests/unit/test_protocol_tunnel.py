@@ -22,6 +22,7 @@ from appliance.protocol.tunnel import (
     heartbeat_interval,
     is_current,
     judge_newcomer,
+    rotation_statement,
 )
 
 MOVES = {
@@ -190,3 +191,10 @@ def test_after_a_restore_the_first_ticket_that_comes_counts(ticket: str) -> None
     assert is_current(unknown, ticket)
     assert judge_newcomer(unknown, ticket, older_link_answers=False) is Newcomer.ADMIT
     assert judge_newcomer(unknown, ticket, older_link_answers=True) is Newcomer.QUARANTINE
+
+
+def test_the_proof_of_a_new_key_is_for_one_cluster_se_and_key() -> None:
+    statements = {
+        rotation_statement(*words) for words in (("c", "s", "k"), ("d", "s", "k"), ("c", "t", "k"), ("c", "s", "l"))
+    }
+    assert len(statements) == 4

@@ -195,3 +195,34 @@ def test_a_directory_in_its_place_is_told(load: Load, tmp_path: Path) -> None:
     Paths(tmp_path).settings_file.mkdir(parents=True)
     (found,) = problems(load)
     assert "can't be read" in found
+
+
+@pytest.mark.parametrize(
+    "value", ["", "http://127.0.0.1:8080/in", "https://alerts.example/hook?x=1", "http://[::1]:80/", "http://h"]
+)
+def test_a_webhook_is_an_address(tmp_path: Path, value: str) -> None:
+    settings = module.load(Paths(tmp_path), environ={}, overrides={"controller.events_webhook": value})
+    assert settings.controller.events_webhook == value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "ftp://h/",
+        "h:80",
+        "http://",
+        "http://h:99999/",
+        "http://h:0/",
+        "http://user:word@h/",
+        "http://h/a b",
+        "http://[/",
+    ],
+)
+def test_what_is_no_address_of_a_webhook(tmp_path: Path, value: str) -> None:
+    with pytest.raises(SettingsError, match="expected http"):
+        module.load(Paths(tmp_path), environ={}, overrides={"controller.events_webhook": value})
+
+
+def test_an_events_hook_is_an_absolute_path(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="absolute path"):
+        module.load(Paths(tmp_path), environ={}, overrides={"controller.events_hook": "hook"})

@@ -85,8 +85,7 @@ def inspect(path: Path) -> Source:
         raise ImageError(f"{path} {what}", hint="flatten it with `qemu-img convert -O qcow2`")
     if form == "vmdk" and any(Path(extent["filename"]).name != path.name for extent in specific.get("extents", [])):
         raise ImageError(f"{path} is a VMDK of several files", hint=_UNSPECIFIC_HINT)
-    if form == "qcow2":
-        _check_qcow2(path, size)
+    _check_whole(path, form, size)
     is_plain = form == "qcow2" and specific.get("compat") != "0.10" and not told.get("snapshots")
     return Source(path=path, format=form, size_bytes=told["virtual-size"], is_plain=is_plain)
 
@@ -104,17 +103,16 @@ def _qemu_info(path: Path, form: str) -> dict[str, Any]:
     return told
 
 
-def _check_qcow2(path: Path, size: int) -> None:
-    """Refuses a damaged or truncated file. `qemu-img check` takes what lies behind the end of the file for zeros."""
-    ended = child.run(["qemu-img", "check", "--output=json", "-f", "qcow2", str(path)], timeout_s=600.0, check=False)
+def _check_whole(path: Path, form: str, size: int) -> None:
+    """Refuses a damaged or truncated file, which reading alone would take for zeros."""
+    ended = child.run(["qemu-img", "check", "--output=json", "-f", form, str(path)], timeout_s=600.0, check=False)
     try:
-        told = json.loads(ended.stdout)
+        end = json.loads(ended.stdout).get("image-end-offset", 0)
     except ValueError:
-        told = {}
-    end = told.get("image-end-offset", 0)
+        end = 0
     if ended.returncode not in {0, 3} or end > size + 65536:  # 3: leaked clusters only
         raise ImageError(
-            f"{path} is damaged or truncated: its content ends at byte {end or 'unknown'}, the file has {size}",
+            f"{path} is damaged or truncated, {size} bytes are left of it",
             hint=f"get it anew and compare its checksum; `qemu-img check {path}` tells more",
         )
 

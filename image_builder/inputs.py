@@ -14,7 +14,7 @@ from appliance.protocol import seed as protocol
 from appliance.protocol import strict_json
 from appliance.protocol.seed import MAX_BUNDLE_BYTES
 from image_builder import agent as agent_files
-from image_builder import boot_disk, cloud, disk, overlay, partition, private_keys, scan
+from image_builder import boot_disk, cloud, disk, fat, overlay, partition, private_keys, scan
 from image_builder.agent import Agent
 from image_builder.disk import Layout, Source
 from image_builder.fat import MIB
@@ -76,7 +76,7 @@ def look_at(recipe: Recipe, draft: Path, *, now: int, cache: Path, problems: lis
     bundle = _read_bundle(recipe, problems)
     system = None
     if recipe.base is not None and not lacking:
-        system = _look_at_base(recipe, recipe.base, draft, problems)
+        system = _look_at_base(recipe, recipe.base, agent, draft, problems)
         if system is not None and agent is not None and system.layout.own is None:
             told, keys = _foreign_problems(system, agent, bundle, draft, cache=cache, steps=steps)
             problems += told
@@ -92,26 +92,38 @@ def look_at(recipe: Recipe, draft: Path, *, now: int, cache: Path, problems: lis
                 problems += [line.removeprefix("  - ") for line in error.message.splitlines()[1:]]
     else:
         problems += check_wishes(recipe.wishes, recipe.cloud)
+    least = boot_disk.DEFAULT_BYTES + _likely_seed_bytes(None) + 2 * MIB
+    if recipe.base is None and 0 < recipe.disk_bytes < least:
+        problems.append(f"disk.size: our own system with its seed needs {least // MIB}M")
     signer = _signer(recipe, problems)
     if agent is None or problems:
         raise refusal(problems)
     return Inputs(agent=agent, bundle=bundle, system=system, signer=signer)
 
 
-def _look_at_base(recipe: Recipe, path: Path, draft: Path, problems: list[str]) -> System | None:
+def _likely_seed_bytes(agent: Agent | None) -> int:
+    """Returns about how large the seed's partition will be, `agent` being the one that goes onto it."""
+    files, size = (agent.files, agent.size_bytes) if agent is not None else (0, 0)
+    # a tar has a header and padding for each file
+    return fat.size_for(size + files * 2 * partition.SECTOR + 64 * 1024, files=12)
+
+
+def _look_at_base(recipe: Recipe, path: Path, agent: Agent | None, draft: Path, problems: list[str]) -> System | None:
     try:
         found = disk.inspect(path)
         digest = disk.sha256_of(path)
         if recipe.base_sha256 and digest != recipe.base_sha256:
             problems.append(f"base.image {path} has the SHA-256 {digest}, base.sha256 says {recipe.base_sha256}")
         layout = disk.layout_of(path, name=str(path), size_bytes=found.size_bytes, scratch=draft, form=found.format)
-        sectors = disk_bytes(recipe, found, seed_bytes=4 * MIB) // partition.SECTOR
-        partition.place_for(layout.table, name=str(path), sectors=sectors, size_bytes=4 * MIB)
+        if 0 < recipe.disk_bytes < found.size_bytes:
+            problems.append(f"disk.size is less than the base's disk of {found.size_bytes // MIB}M; no disk is shrunk")
+        else:
+            seed = _likely_seed_bytes(None if layout.own is not None else agent)
+            sectors = disk_bytes(recipe, found, seed_bytes=seed) // partition.SECTOR
+            partition.place_for(layout.table, name=str(path), sectors=sectors, size_bytes=seed)
     except ApplianceError as error:
-        problems.append(error.message)
+        problems.append(f"{error.message}; {error.hint}" if error.hint else error.message)
         return None
-    if 0 < recipe.disk_bytes < found.size_bytes:
-        problems.append(f"disk.size is smaller than the base's disk of {found.size_bytes // MIB}M; no disk is shrunk")
     own = layout.own
     if own is not None and own.role != recipe.role:
         problems.append(

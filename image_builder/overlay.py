@@ -38,7 +38,8 @@ datasource_list: [NoCloud, None]
 datasource:
   NoCloud:
     fs_label: null
-users: []
+# No default user: nobody logs in until an operator's key was baked in. The one named is there already and stays as is.
+users: [{name: aviseuser, lock_passwd: false}]
 """,
     "controller": """\
 datasource_list: [NoCloud, None]
@@ -81,6 +82,11 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
     """What it leads to; then it has no text."""
 
 
+def cloud_settings(role: Role) -> str:
+    """Returns cloud-init's settings on our own system."""
+    return _CLOUD[role] + _CLOUD_BOTH
+
+
 def sshd_for_agent(openssh: tuple[int, int]) -> str:
     """Returns sshd's settings for the reverse path on any system."""
     exempt = "PerSourcePenaltyExemptList 127.0.0.1\n" if openssh >= EXEMPT_SINCE else ""
@@ -120,7 +126,7 @@ def places(role: Role, *, root_guid: str, openssh: tuple[int, int], units: dict[
         Place(path="etc/hostname", text=f"appliance-{role}\n"),
         Place(path="etc/hosts", text="127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n"),
         Place(path="etc/fstab", text=f"PARTUUID={root_guid.lower()} / ext4 errors=remount-ro 0 1\n"),
-        Place(path="etc/cloud/cloud.cfg.d/90-appliance.cfg", text=_CLOUD[role] + _CLOUD_BOTH),
+        Place(path="etc/cloud/cloud.cfg.d/90-appliance.cfg", text=cloud_settings(role)),
         Place(
             path="etc/ssh/sshd_config.d/10-appliance.conf",
             text=f"HostKey /etc/ssh/ssh_host_ed25519_key\n{port}{sshd_for_agent(openssh)}",

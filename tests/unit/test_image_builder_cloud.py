@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from image_builder import cloud
+from image_builder import cloud, overlay
 from image_builder.cloud import CloudWishes, Hook, Network, Target
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJzCZ1pSBUL9KDvQkWqKYBdRNVEeUnJGuJ0pvDjiRqYP"
@@ -118,16 +118,25 @@ def test_what_holds_is_not_refused() -> None:
     assert cloud.check(cloud.NO_WISHES) == []
 
 
-@pytest.mark.parametrize("target", Target)
-def test_cloud_init_takes_the_user_data(tmp_path: Path, target: Target) -> None:
+def assert_schema(path: Path, content: bytes) -> None:
     if shutil.which("cloud-init") is None:
         pytest.skip("cloud-init is not installed")
-    path = tmp_path / "user-data"
-    path.write_bytes(cloud.user_data(FULL, target=target, hostname="edge-1", mode="se"))
+    path.write_bytes(content)
     done = subprocess.run(
         ["cloud-init", "schema", "--config-file", str(path)], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("target", Target)
+def test_cloud_init_takes_the_user_data(tmp_path: Path, target: Target) -> None:
+    content = cloud.user_data(FULL, target=target, hostname="edge-1", mode="se")
+    assert_schema(tmp_path / "user-data", content)
+
+
+@pytest.mark.parametrize("role", ["se", "controller"])
+def test_cloud_init_takes_our_own_systems_settings(tmp_path: Path, role: overlay.Role) -> None:
+    assert_schema(tmp_path / "settings", b"#cloud-config\n" + overlay.cloud_settings(role).encode())
 
 
 @pytest.mark.parametrize("seed_files", [("seed.json", "image-key.pem"), ()])

@@ -73,6 +73,14 @@ def load_der(der: bytes) -> x509.Certificate:
         raise TrustError("the certificate can't be read") from None
 
 
+def key_of(certificate: x509.Certificate) -> CertificatePublicKeyTypes:
+    """Returns a certificate's public key; first looked at here. Raises `TrustError`: a point off its curve."""
+    try:
+        return certificate.public_key()
+    except Exception as error:  # noqa: BLE001 - foreign bytes, see above
+        raise TrustError(f"the certificate's key can't be read: {error}") from None
+
+
 def terms_of(certificate: x509.Certificate) -> CertificateTerms:
     """Returns what `certificate` says.
 
@@ -81,10 +89,10 @@ def terms_of(certificate: x509.Certificate) -> CertificateTerms:
     """
     try:
         extensions = certificate.extensions
-        key = certificate.public_key()
         subject = certificate.subject.rfc4514_string()
     except Exception as error:  # noqa: BLE001 - foreign bytes, see above
         raise TrustError(f"the certificate can't be read: {error}") from None
+    key = key_of(certificate)
     uris: list[str] = []
     is_authority = serves_tls = False
     for extension in extensions:

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from appliance.errors import TrustError
-from appliance.pki.certificate import key_id, load_pem
+from appliance.pki.certificate import key_id, key_of, load_pem
 from appliance.protocol.trust import Envelope, EnvelopeSignature, pre_authentication_encoding
 
 MAX_SIGNATURES: Final = 8
@@ -71,7 +71,7 @@ def verify_envelope(envelope: Envelope, payload_type: str, public_keys: Sequence
 
 
 def _trusted_key(pem: str) -> tuple[str, ec.EllipticCurvePublicKey]:
-    key = load_pem(pem).public_key()
+    key = key_of(load_pem(pem))
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise TrustError("a root's key is of another kind, ECDSA P-256 expected")
     return key_id(key), key

@@ -15,7 +15,7 @@ from bench.processes import BenchError
 from bench.report import Progress, Report, combine, dated, table
 from bench.stand import Options, Stand
 
-BENCHES = ("start", "enroll", "agent", "recovery", "fleet")
+BENCHES = ("start", "enroll", "agent", "recovery", "fleet", "image")
 BUSY_LOAD = 0.5
 
 

@@ -131,6 +131,16 @@ def test_a_missing_program_names_its_package(monkeypatch: pytest.MonkeyPatch, na
     assert caught.value.hint == hint
 
 
+def test_what_is_added_to_the_environment_reaches_the_child() -> None:
+    code = "import os; print(os.environ['SOURCE_DATE_EPOCH'], 'PATH' in os.environ)"
+    assert child.run(python(code), timeout_s=10.0, env={"SOURCE_DATE_EPOCH": "7"}).stdout == "7 True\n"
+
+
+def test_packages_of_programs_are_known() -> None:
+    assert child.package_of("mcopy") == "mtools"
+    assert child.package_of("no-such-thing") == ""
+
+
 def test_programs_in_sbin_are_found_without_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert child.find_program("sh") in {"/usr/bin/sh", "/bin/sh"}

@@ -106,7 +106,7 @@ def check_wishes(wishes: Wishes, cloud_wishes: cloud.CloudWishes) -> list[str]:
 def _check_cloud(wishes: cloud.CloudWishes) -> list[str]:
     texts = {"operator_key": wishes.operator_key, "timezone": wishes.timezone}
     texts |= {f"hook {hook.name}": hook.content.decode("latin-1") for hook in wishes.hooks}
-    found = find_private_keys(texts, "recipe")
+    found = [where for where, text in texts.items() if find_private_keys(text, where)]
     if found:
         return [f"{where} holds a private key: only the bundle's image key goes into a seed" for where in found]
     return cloud.check(wishes)

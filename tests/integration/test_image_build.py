@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 from cluster_bundle import Cluster
-from rig import until
+from rig import running, until
 
 from appliance.errors import ApplianceError
 from image_builder import verify as verifying
@@ -476,3 +476,105 @@ def test_a_seed_is_fast(tmp_path: Path, baker: Baker) -> None:
     began = time.monotonic()
     baker.build(base)
     assert time.monotonic() - began < 30
+
+
+# --- keys, controllers, signatures ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def speaking_agent(tmp_path: Path, agent: Path) -> Path:
+    """The made-up agent with the real command line."""
+    directory = tmp_path / "speaking"
+    shutil.copytree(agent, directory, symlinks=True)
+    (directory / "appliance").write_text(f'#!/bin/sh\nexec {sys.executable} -m appliance "$@"\n')
+    return directory
+
+
+def test_an_image_key_is_made_for_the_image_and_revoked_when_it_fails(
+    tmp_path: Path, cluster: Cluster, speaking_agent: Path
+) -> None:
+    base = make_system(tmp_path / "base.qcow2")
+    baker = Baker(tmp_path / "here", cluster, speaking_agent)
+    with running(tmp_path / "root") as controller:
+        command = baker.command(base, "--image-key-create", "--image-key-root", controller.root, "--name", "edge")
+        command += ["--image-key-max-uses", "3", "--image-key-expires", "2h"]
+        at = command.index("--bundle")
+        del command[at : at + 2]
+        before = len(controller.operator.image_keys())
+        done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout)
+        (key,) = (one for one in controller.operator.image_keys() if one.image_key_id == told["image_key_id"])
+        assert (key.max_uses, key.status, key.note) == (3, "active", "image edge")
+        bundle = baker.out / "edge.bundle.json"
+        assert stat_mode(bundle) == 0o600
+        assert json.loads(bundle.read_text())["image_key_expires_at"] == key.expires_at
+        assert verifying.verify(baker.out / "edge.qcow2", steps=Silent()).image_key_id == key.image_key_id
+
+        # what fails after the key was made takes it back
+        for path in baker.out.iterdir():
+            path.unlink()
+        failing = tmp_path / "bin"
+        failing.mkdir()
+        (failing / "qemu-io").write_text("#!/bin/sh\necho no luck >&2\nexit 1\n")
+        (failing / "qemu-io").chmod(0o755)
+        env = {**os.environ, "PATH": f"{failing}:{os.environ['PATH']}"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+        assert done.returncode == 9, done.stderr
+        assert "no luck" in done.stderr
+        assert list(baker.out.iterdir()) == []
+        keys = controller.operator.image_keys()
+        assert len(keys) == before + 2
+        assert sorted(one.status for one in keys).count("revoked") == 1
+
+
+def test_a_controllers_image_carries_no_seed(tmp_path: Path, baker: Baker) -> None:
+    base = make_system(tmp_path / "base.qcow2")
+    command = baker.command(base, "--role", "controller", "--name", "node", "--hostname", "node-1")
+    at = command.index("--bundle")
+    del command[at : at + 2]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert b'hostname: "node-1"' in read_seed(baker.out / "node.qcow2", "user-data", tmp_path)
+    found = verifying.verify(baker.out / "node.qcow2", steps=Silent())
+    assert (found.problems, found.cluster_id, found.image_key_id) == ([], "", "")
+
+
+def test_an_ova_may_be_signed(tmp_path: Path, baker: Baker) -> None:
+    base = make_system(tmp_path / "base.qcow2")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    making = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=publisher"]
+    run("openssl", *making, "-keyout", key, "-out", certificate)
+    signing = ["--ova-certificate", certificate, "--ova-key", key]
+    assert "output.formats has no ova" in baker.refused(base, *signing)
+    assert "isn't that of the key" in baker.refused(
+        base, "--ova-certificate", certificate, "--ova-key", _another_key(tmp_path), "--output-format", "ova"
+    )
+    baker.build(base, "--name", "edge", "--output-format", "ova", *signing)
+    found = verifying.verify(baker.out / "edge.ova", steps=Silent())
+    assert (found.problems, found.ova_signer) == ([], "CN=publisher")
+    with tarfile.open(baker.out / "edge.ova") as archive:
+        assert [name.rpartition(".")[2] for name in archive.getnames()] == ["ovf", "mf", "cert", "vmdk"]
+
+    def forged(members: list[tuple[tarfile.TarInfo, bytes]]) -> list[tuple[tarfile.TarInfo, bytes]]:
+        return [(member, content + b"\n" if member.name.endswith(".mf") else content) for member, content in members]
+
+    problems = verifying.verify(
+        rewrite(baker.out / "edge.ova", tmp_path / "forged.ova", forged), steps=Silent()
+    ).problems
+    assert any("isn't what its certificate signed" in problem for problem in problems)
+
+
+def _another_key(directory: Path) -> Path:
+    path = directory / "other.pem"
+    run("openssl", "genpkey", "-quiet", "-algorithm", "RSA", "-out", path)
+    return path
+
+
+def test_a_key_in_a_hook_is_refused(tmp_path: Path, baker: Baker, cluster: Cluster) -> None:
+    base = make_system(tmp_path / "base.qcow2")
+    hook = tmp_path / "hook.sh"
+    hook.write_bytes(b"#!/bin/sh\ncat <<E\n" + cluster.authority.key_pem(None).reveal() + b"E\n")
+    told = baker.refused(base, "--hook", hook)
+    assert "hook hook.sh holds a private key" in told
+    assert cluster.authority.key_pem(None).reveal().splitlines()[1].decode() not in told

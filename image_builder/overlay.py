@@ -56,6 +56,7 @@ system_info:
     shell: /bin/bash
   network:
     renderers: [networkd]
+locale: C.UTF-8
 disable_root: true
 ssh_pwauth: false
 ssh_deletekeys: false

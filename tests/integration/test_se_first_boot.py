@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import ssl
 import threading
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from se_stand import (
 )
 
 from appliance.protocol.enroll import ENROLL_PATH, NONCE_PATH, REFRESH_PATH, NonceAnswer, Pending, Refusals
+from appliance.protocol.token import compose
 from appliance.protocol.why import Step, StepResult
 
 DAY_S = 86_400
@@ -329,13 +331,14 @@ def test_a_per_vm_disk_adds_an_address_a_token_and_hints_but_no_anchor(
     cluster.write_seed(se.seed, controllers=[], hints={"name": "baked", "labels": {"a": "1"}})
     evil = Cluster(tmp_path / "evil")
     disk = se.paths.root / "dev/disk/by-label/cidata"
+    token = compose(os.urandom(32))
     evil.write_seed(
-        disk, controllers=[door.address], token="t-1", image_key=False, hints={"name": "vm-7", "labels": {"b": "2"}}
+        disk, controllers=[door.address], token=token, image_key=False, hints={"name": "vm-7", "labels": {"b": "2"}}
     )
     cluster.enroll = [door.address]
     se.start().until_up()
     (wish,) = door.requests
-    assert wish.token == "t-1"
+    assert wish.token == token
     assert wish.hints.name == "vm-7"
     assert wish.hints.labels == {"a": "1", "b": "2"}
 

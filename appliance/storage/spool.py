@@ -27,6 +27,8 @@ _HEADER = struct.Struct(">QII")
 """Id, length of the item in bytes, CRC-32 of id, length and item."""
 _ACKNOWLEDGED = 0xFFFF_FFFF
 """A length that no item has: the record says that items up to and including its id are done."""
+_MAX_ID = 1 << 62
+"""No spool gets there by counting; an id behind it is damage, and would leave no room for the next."""
 _SEGMENTS = 8
 """In a full spool: what falls out at once is an eighth of it."""
 
@@ -60,10 +62,13 @@ def _records(content: bytes, first: int) -> Iterator[_Record]:
         number, length, _ = _HEADER.unpack_from(content, offset)
         end = offset + _HEADER.size + (0 if length == _ACKNOWLEDGED else length)
         item = content[offset + _HEADER.size : end]
-        if content[offset:end] != _pack(number, length, item):
+        if number > _MAX_ID or end > len(content) or content[offset:end] != _pack(number, length, item):
             return
         if length == _ACKNOWLEDGED:
+            if offset and number >= expected:
+                return  # only a segment that was emptied begins with what it no longer has
             yield _Record(number, None, end)
+            expected = max(expected, number + 1)
         elif number < expected:
             return
         else:

@@ -358,7 +358,7 @@ def run_bundle(raw: bytes) -> bool:
         keys = [file.name for file in baked.files if b"PRIVATE KEY" in file.content]
         assert keys == [seeds.IMAGE_KEY_FILE], "a private key in a file that isn't the image key's"
         return True
-    assert "PRIVATE KEY" not in said, "a key is repeated"
+    assert good.image_key()[1].pkcs8().reveal().splitlines()[1].decode() not in said, "a key is repeated"
     return False
 
 

@@ -167,8 +167,11 @@ def _root_filesystem(work: Path, tree: Path, overlay: Path, *, guids: Guids, siz
     files.mkdir(mode=0o755)
     # Without root a user name space makes us its root, so that files get their owners and mke2fs sees them.
     prefix = [] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--map-auto", "--user", "--mount"]
+    # A user name space may make no device nodes; the kernel fills /dev at boot. Whose apt's folders for downloads are
+    # depends on who ran mmdebstrap; apt makes them when it needs them.
     script = (
-        'tar -x --numeric-owner -C "$1" -f "$2" && tar -x --numeric-owner -C "$1" -f "$3" &&'
+        'tar -x --numeric-owner --exclude="./dev/*" --exclude="./var/*/apt/*/partial" -C "$1" -f "$2" &&'
+        ' tar -x --numeric-owner -C "$1" -f "$3" &&'
         ' chmod 0755 "$1" && find "$1" -newermt "@$5" -exec touch -h -d "@$5" {} + &&'
         ' mke2fs -q -F -t ext4 -L appliance-root -U "$6" -E "hash_seed=$6,lazy_itable_init=1" -d "$1" "$4"'
     )

@@ -69,7 +69,7 @@ class Peer:
 
     def __init__(self, process: subprocess.Popen[bytes], conn: asyncssh.SSHServerConnection) -> None:
         self.process = process
-        self.link = cast("Link", SimpleNamespace(conn=conn))
+        self.link = cast("Link", SimpleNamespace(conn=conn, is_gone=False))
         self.conn = conn
 
     async def ping(self) -> tuple[bool, float]:

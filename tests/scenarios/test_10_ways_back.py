@@ -97,10 +97,8 @@ def test_who_waits_for_approval_shows_a_fingerprint_and_comes_up_by_itself(at: S
     text = until(lambda: step(se, Step.GRANT, StepResult.WAITING), what="it waits")
     (waiting,) = at.controller.operator.pending()
     assert waiting.fingerprint in text
-    health = se.health()
-    assert health is not None
-    assert waiting.fingerprint in health.reason
-    assert waiting.fingerprint in se.logged()
+    until(lambda: (told := se.health()) and waiting.fingerprint in told.reason, what="the state line shows it")
+    until(lambda: waiting.fingerprint in se.logged(), what="the log shows it")
     se.kill()
     se.start()
     until(lambda: step(se, Step.GRANT, StepResult.WAITING), what="it waits again, as the same SE")

@@ -56,11 +56,11 @@ def test_text_is_for_people_and_cannot_drive_the_terminal() -> None:
     try:
         int("deep")
     except ValueError:
-        logging.getLogger("paramiko.transport").exception("foreign")
+        logging.getLogger("foreign.library").exception("foreign")
     close()
     first, second, *trace = stream.getvalue().splitlines()
     assert first.endswith("warning enroll: from \\x1b[2Jevil\\n\\u202e se=x")
-    assert second.endswith("error   paramiko.transport: foreign")
+    assert second.endswith("error   foreign.library: foreign")
     assert trace[-1].endswith("base 10: 'deep'")
 
 

@@ -53,6 +53,7 @@ inside useradd --system --uid {USERS["aviseuser"]} --user-group --no-create-home
     --home-dir /var/lib/appliance/se --shell /bin/sh --comment 'Appliance service engine' aviseuser
 inside useradd --system --uid {USERS["avictlruser"]} --user-group --no-create-home \\
     --home-dir /var/lib/appliance/controller --shell /usr/sbin/nologin --comment 'Appliance controller' avictlruser
+inside update-initramfs -c -k all >/dev/null # once, not also after each package that asks for it (INITRD=No below)
 inside systemctl --quiet enable systemd-networkd.service systemd-resolved.service chrony.service ssh.service
 inside systemctl --quiet mask apt-daily.timer apt-daily-upgrade.timer e2scrub_all.timer dpkg-db-backup.timer
 ln -sf ../run/systemd/resolve/stub-resolv.conf "$root/etc/resolv.conf"
@@ -149,7 +150,7 @@ def install(tar: Path, texts: dict[str, str], *, extra: Sequence[str], epoch: in
         path.write_text(text, encoding="utf-8")
         mirrors.append(str(path))
     is_root = os.geteuid() == 0
-    env = {"SOURCE_DATE_EPOCH": str(epoch), "LC_ALL": "C.UTF-8", "TZ": "UTC"}
+    env = {"SOURCE_DATE_EPOCH": str(epoch), "LC_ALL": "C.UTF-8", "TZ": "UTC", "INITRD": "No"}
     if is_root:
         env["TMPDIR"] = str(tar.parent)  # in a user name space its root couldn't go through our 0700 folder
     try:

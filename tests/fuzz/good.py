@@ -17,7 +17,7 @@ from appliance.pki.authority import Authority
 from appliance.pki.identity import Identity
 from appliance.pki.image_key import create_image_key
 from appliance.pki.secret import Secret
-from appliance.protocol import audit, strict_json, telemetry, tunnel
+from appliance.protocol import audit, ovf, strict_json, telemetry, token, tunnel
 from appliance.protocol import seed as seeds
 from appliance.protocol.enroll import EnrollRequest, InstanceFacts, Policy
 from appliance.protocol.operator import AuditEntry
@@ -165,6 +165,13 @@ SEED_NAMES = (seeds.SEED_FILE, seeds.ROOT_CA_FILE, seeds.TRUST_FILE, seeds.IMAGE
 @functools.cache
 def seed_iso() -> bytes:
     return iso.render(_baked().files, at=NOW)
+
+
+def ovf_environment() -> bytes:
+    words = {"controllers": "192.0.2.1", "token": token.compose(bytes(32)), "address": "192.0.2.9/24", "hostname": "a"}
+    lines = "".join(f'<Property oe:key="{ovf.CLASS}.{key}" oe:value="{value}"/>' for key, value in words.items())
+    head = f'<Environment xmlns="{ovf.NAMESPACE}" xmlns:oe="{ovf.NAMESPACE}">'
+    return f"{head}<PropertySection>{lines}</PropertySection></Environment>".encode()
 
 
 @functools.cache

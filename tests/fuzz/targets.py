@@ -42,7 +42,7 @@ from appliance.paths import Paths
 from appliance.pki import certificate, sealed, ssh_keys
 from appliance.pki import jws as signatures
 from appliance.pki.trust import verify_audit_head, verify_receipt, verify_trust
-from appliance.protocol import address, audit, enroll, jws, strict_json, telemetry, token, tunnel
+from appliance.protocol import address, audit, enroll, jws, ovf, strict_json, telemetry, token, tunnel
 from appliance.protocol import seed as seeds
 from appliance.protocol.operator import AuditEntry
 from appliance.protocol.strict_json import MalformedError
@@ -386,6 +386,16 @@ def run_iso(raw: bytes) -> bool:
     return True
 
 
+def run_ovf(raw: bytes) -> bool:
+    try:
+        found = ovf.parse_environment(raw)
+    except SeedError:
+        return False
+    told, problems = ovf.read_properties(found)
+    assert not told.token or told.token not in "".join(problems), "a secret is repeated"
+    return bool(found)
+
+
 def run_settings(raw: bytes) -> bool:
     paths = Paths(good.emptied("settings"))
     paths.settings_file.parent.mkdir(parents=True)
@@ -488,6 +498,7 @@ TARGETS: dict[str, Target] = {
     "iso": Target(run_iso, lambda: [good.seed_iso()]),
     "jws": Target(run_jws, lambda: [good.signed_enrollment()]),
     "nonce": Target(run_nonce, lambda: [Nonces(b"k" * 32).issue(good.NOW).encode()]),
+    "ovf": Target(run_ovf, lambda: [good.ovf_environment()]),
     "private-key": Target(
         run_private_key, lambda: [good.identity().pkcs8().reveal(), good.identity().openssh().reveal()]
     ),

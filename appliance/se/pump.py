@@ -20,8 +20,13 @@ _LOOK_AGAIN_S = 1.0
 
 def pump(sock: socket.socket, channel: ByteChannel) -> None:
     """Carries until both ways ended, then closes both. Blocks; starts one thread for the other way."""
-    sock.settimeout(None)
-    channel.settimeout(None)
+    try:
+        sock.settimeout(None)
+        channel.settimeout(None)
+    except OSError:  # one of them ended before anything was carried
+        channel.close()
+        sock.close()
+        return
     finished = threading.Event()
     upward = threading.Thread(target=_to_channel, args=(sock, channel, finished), name="pump up", daemon=True)
     upward.start()

@@ -124,6 +124,26 @@ def test_without_a_link_a_connection_is_closed_and_a_stop_ends_all(tmp_path: Pat
     until(lambda: threading.active_count() == threads)
 
 
+def test_nobody_else_can_connect_before_the_socket_has_its_mode(
+    tmp_path: Path, stop: StopToken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[int] = []
+    chmod = Path.chmod
+
+    def looking(path: Path, mode: int) -> None:
+        modes.append(path.stat().st_mode & 0o777)
+        chmod(path, mode)
+
+    monkeypatch.setattr(Path, "chmod", looking)
+    before = os.umask(0)
+    try:
+        Forward(tmp_path / "s", {}, open_channel=refused)._listen_unix().close()
+    finally:
+        os.umask(before)
+    assert modes == [0o600]
+    assert (tmp_path / "s").stat().st_mode & 0o777 == 0o660
+
+
 @pytest.fixture
 def carried() -> tuple[socket.socket, Channel, threading.Thread]:
     """A local peer, a channel, and a pump between."""
@@ -161,6 +181,16 @@ def test_a_lost_channel_lets_the_local_peer_go(carried: tuple[socket.socket, Cha
     assert ours.recv(1) == b""
     thread.join(10)
     assert not thread.is_alive()
+    ours.close()
+    channel.far.close()
+
+
+def test_a_channel_that_is_gone_before_the_pump_begins_lets_the_local_peer_go() -> None:
+    ours, theirs = socket.socketpair()
+    channel = Channel()
+    channel.close()
+    pump(theirs, channel)
+    assert ours.recv(1) == b""
     ours.close()
     channel.far.close()
 

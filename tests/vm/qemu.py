@@ -47,6 +47,7 @@ class Vm:
         memory_mib: its memory.
         network: arguments of `-netdev` after `id`: `user,restrict=on` reaches nothing, `user` the host's loopback at
             10.0.2.2, `socket,…` another VM; empty for no network card.
+        networks: further network cards, each as `network`; `eth1` and so on.
         cdroms: ISO images, read-only.
         disks: further disk images, raw, read-only.
         attached: how the disk is attached.
@@ -65,6 +66,7 @@ class Vm:
         memory_mib: int = 1024,
         network: str = "user,restrict=on",
         mac: str = "52:54:00:12:34:56",
+        networks: Sequence[str] = (),
         cdroms: Sequence[Path] = (),
         disks: Sequence[Path] = (),
         attached: Disk = "virtio",
@@ -92,6 +94,7 @@ class Vm:
             "-qmp", f"unix:{_escaped(self._monitor)},server=on,wait=off",
             *_disk(self.overlay, attached),
             *(_network(network, mac) if network else ["-nic", "none"]),
+            *(word for number, one in enumerate(networks) for word in _network(one, f"{mac[:-2]}f{number}", number)),
             *(["-smbios", smbios] if smbios else []),
         ]  # fmt: skip
         for number, path in enumerate(cdroms):
@@ -176,13 +179,13 @@ class Vm:
         """Plugs the network cable in or out."""
         self._command("set_link", name="net", up=up)
 
-    def _command(self, name: str, **arguments: Any) -> None:
+    def _command(self, execute: str, **arguments: Any) -> None:
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as monitor:
             monitor.settimeout(30)
             monitor.connect(str(self._monitor))
             with monitor.makefile("rw") as stream:
                 stream.readline()  # greeting
-                for line in ({"execute": "qmp_capabilities"}, {"execute": name, "arguments": arguments}):
+                for line in ({"execute": "qmp_capabilities"}, {"execute": execute, "arguments": arguments}):
                     stream.write(json.dumps(line) + "\n")
                     stream.flush()
                     while "event" in (answer := json.loads(stream.readline())):
@@ -207,10 +210,10 @@ def _escaped(path: Path) -> str:
     return str(path).replace(",", ",,")
 
 
-def _network(network: str, mac: str) -> list[str]:
+def _network(network: str, mac: str, number: int | str = "") -> list[str]:
     kind, _, rest = network.partition(",")
-    backend = f"{kind},id=net" + (f",{rest}" if rest else "")
-    return ["-netdev", backend, "-device", f"virtio-net-pci,netdev=net,mac={mac}"]
+    backend = f"{kind},id=net{number}" + (f",{rest}" if rest else "")
+    return ["-netdev", backend, "-device", f"virtio-net-pci,netdev=net{number},mac={mac}"]
 
 
 def _disk(path: Path, attached: Disk) -> list[str]:

@@ -6,7 +6,6 @@ finished gets its name last, all of it or nothing. The same recipe, inputs and b
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -17,7 +16,7 @@ from appliance.errors import ApplianceError
 from appliance.protocol import seed as protocol
 from appliance.runtime import child
 from image_builder import agent as agent_files
-from image_builder import boot_disk, cloud, debian, disk, iso, minimal, ova, overlay, sbom
+from image_builder import boot_disk, cloud, controller, debian, disk, iso, minimal, ova, overlay, sbom
 from image_builder.agent import Agent
 from image_builder.inputs import Inputs, System, bake_seed, look_at
 from image_builder.inputs import disk_bytes as wished_bytes
@@ -171,23 +170,14 @@ def _image_id(baked: BakedSeed | None, recipe: Recipe) -> str:
     return baked.seed.image_id if baked is not None else f"controller-{recipe.name}"
 
 
-def _controller_files(recipe: Recipe, target: cloud.Target) -> list[SeedFile]:
-    """What a controller's image carries: cloud-init's part alone."""
-    hostname = recipe.wishes.hostname
-    user = cloud.user_data(recipe.cloud, target=target, hostname=hostname, mode="")
-    network = cloud.network_config(recipe.cloud.network, target=target)
-    name = hashlib.sha256(user + (network or b"")).hexdigest()[:16]
-    meta = f"instance-id: controller-{name}\nlocal-hostname: {hostname or 'appliance-controller'}\n".encode()
-    files = [SeedFile(protocol.USER_DATA_FILE, user, 0o644), SeedFile(protocol.META_DATA_FILE, meta, 0o644)]
-    if network is not None:
-        files.append(SeedFile(protocol.NETWORK_CONFIG_FILE, network, 0o644))
-    return files
-
-
 def _make_disk(
     recipe: Recipe, agent: Agent, system: System, baked: BakedSeed | None, work: Path, *, steps: Steps
 ) -> int:
-    files = baked.files if baked is not None else _controller_files(recipe, system.target)
+    if baked is not None:
+        files = baked.files
+    else:
+        hostname = recipe.wishes.hostname
+        files = controller.files(recipe.cloud, recipe.cluster_to_make, target=system.target, hostname=hostname)
     others: dict[str, Path] = {}
     if system.layout.own is None:
         tar = work.with_name(cloud.AGENT_TAR)

@@ -126,14 +126,17 @@ def _check_network(network: Network) -> list[str]:
     return problems
 
 
-def user_data(wishes: CloudWishes, *, target: Target, hostname: str, mode: str) -> bytes:
+def user_data(
+    wishes: CloudWishes, *, target: Target, hostname: str, mode: str, last: Sequence[Sequence[str]] = ()
+) -> bytes:
     """Returns the cloud-config.
 
     Args:
         wishes: checked before.
         target: what kind of disk it is for.
         hostname: empty leaves it alone.
-        mode: role to start, `se`; empty starts none (a controller is set up by its operator).
+        mode: role to start, `se`; empty starts none.
+        last: commands to run after everything else.
     """
     config: dict[str, Any] = {}
     if hostname:
@@ -166,6 +169,7 @@ def user_data(wishes: CloudWishes, *, target: Target, hostname: str, mode: str) 
         commands.append(["sh", "-c", _INSTALL])
     elif mode:
         commands.append(["appliance", "mode", "set", mode])
+    commands += last
     if commands:
         config["runcmd"] = commands
     lines = ["#cloud-config", *(f"{name}: {json.dumps(value)}" for name, value in config.items())]

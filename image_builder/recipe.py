@@ -20,6 +20,8 @@ import msgspec
 
 from appliance.errors import SeedError
 from image_builder.cloud import CloudWishes, Hook, Network
+from image_builder.controller import Cluster
+from image_builder.controller import check as check_cluster
 from image_builder.fat import MIB
 from image_builder.seed import Wishes
 
@@ -69,6 +71,8 @@ FIELDS = (
     Field("timezone", "text", "Time zone, such as Europe/Berlin.  [default: UTC]"),
     Field("operator_key", "text", "Public key (ssh-ed25519 …) of an operator who may log in, or a file with it."),
     Field("hooks", "paths", "Script run once as root before the agent starts."),
+    Field("controller.addresses", "texts", "Make a cluster at first boot, which SEs reach by this.", option="address"),
+    Field("controller.trust_clock", "yes", "For that: take the hypervisor's time, not a time server's."),
     Field("base.image", "text", f"Disk image of a cloud system, or {OWN_BASE!r} for our own.  [default: {OWN_BASE}]"),
     Field("base.sha256", "text", "What that file must have."),
     Field("base.sources", "paths", "For our own system: apt sources instead of this machine's."),
@@ -115,6 +119,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     cluster: str
     wishes: Wishes
     cloud: CloudWishes
+    cluster_to_make: Cluster
+    """A controller's, at first boot."""
     base: Path | None
     """None: our own minimal system."""
     base_sha256: str
@@ -335,6 +341,12 @@ def check(values: Mapping[str, Any], *, now: int, agent: Path, problems: list[st
         problems += [f"{one} is for SEs: a controller's image carries no seed" for one in for_se if values.get(one)]
     elif "bundle" not in values and create_key is None:
         problems.append("bundle or image_key.create: one of the two expected")
+    cluster = Cluster(
+        addresses=values.get("controller.addresses", []), trust_clock=values.get("controller.trust_clock", False)
+    )
+    problems += check_cluster(cluster)
+    if role == "se" and cluster.addresses:
+        problems.append("controller.addresses is for a controller's image; `controllers` says where SEs find theirs")
     base, base_sources, sha256 = _base(values, problems)
     formats, directory = _outputs(values, role, problems)
     signing = [_file(values, one, problems) for one in ("ova.certificate", "ova.key")]
@@ -366,6 +378,7 @@ def check(values: Mapping[str, Any], *, now: int, agent: Path, problems: list[st
             ),
             hooks=_hooks(values.get("hooks", []), problems),
         ),
+        cluster_to_make=cluster,
         base=base,
         base_sha256=sha256,
         base_sources=base_sources,

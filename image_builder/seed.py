@@ -142,7 +142,7 @@ def _check_controllers(texts: Sequence[str], what: str, problems: list[str]) -> 
         except ApplianceError as error:
             problems.append(f"{what} {text!r}: host:port expected" + (f" ({error.hint})" if error.hint else ""))
             continue
-        if not port or not _is_host(host):
+        if not port or not is_host(host):
             problems.append(f"{what} {text!r}: a host name or address and a port from 1 to 65535 expected")
         endpoints.append(format_endpoint(host, port))
     if len(endpoints) > MAX_CONTROLLERS:
@@ -150,7 +150,8 @@ def _check_controllers(texts: Sequence[str], what: str, problems: list[str]) -> 
     return endpoints
 
 
-def _is_host(text: str) -> bool:
+def is_host(text: str) -> bool:
+    """Whether `text` is an IP address in its one canonical form, or a DNS name."""
     try:
         return ip_address(text).compressed == text
     except ValueError:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from image_builder import cloud, overlay
+from image_builder import cloud, controller, overlay
 from image_builder.cloud import CloudWishes, Hook, Network, Target
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJzCZ1pSBUL9KDvQkWqKYBdRNVEeUnJGuJ0pvDjiRqYP"
@@ -62,6 +62,29 @@ def test_user_data_elsewhere_installs_the_agent_first() -> None:
 
 def test_a_controller_starts_nothing() -> None:
     assert cloud.user_data(cloud.NO_WISHES, target=Target.OWN, hostname="", mode="") == b"#cloud-config\n"
+
+
+def test_a_controller_makes_its_cluster_once_the_time_is_known() -> None:
+    cluster = controller.Cluster(addresses=["10.0.0.1", "node.example"])
+    wait, init, mode = controller.commands(cluster)
+    subprocess.run(["sh", "-n", "-c", wait[2]], check=True, timeout=10)
+    assert init == ["appliance", "controller", "init", "--address", "10.0.0.1", "--address", "node.example"]
+    assert mode == ["appliance", "mode", "set", "controller"]
+    trusting = controller.commands(controller.Cluster(addresses=["10.0.0.1"], trust_clock=True))
+    assert trusting == [["appliance", "controller", "init", "--address", "10.0.0.1", "--date", "now"], mode]
+
+
+@pytest.mark.parametrize("target", [Target.OWN, Target.FOREIGN])
+def test_a_controllers_files(target: Target) -> None:
+    alone, (user, meta, network) = (
+        controller.files(wishes, controller.Cluster(addresses=["10.0.0.1"]), target=target, hostname="")
+        for wishes in (cloud.NO_WISHES, FULL)
+    )
+    assert [file.name for file in alone] == ["user-data", "meta-data"]
+    assert b"local-hostname: appliance-controller\n" in meta.content
+    assert alone[1].content != meta.content, "another instance"
+    assert values(user.content)["runcmd"][-1] == ["appliance", "mode", "set", "controller"]
+    assert network.name == "network-config"
 
 
 def test_network_config() -> None:

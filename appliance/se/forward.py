@@ -9,6 +9,7 @@ A connection takes the first link that is up; without one it is closed at once, 
 from __future__ import annotations
 
 import ipaddress
+import os
 import selectors
 import socket
 import threading
@@ -104,6 +105,8 @@ class Forward:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self._path.unlink(missing_ok=True)  # left behind by a kill; the root lock says that nobody serves it
+            # Linux gives the file the mode of the unbound socket: there is no moment at which a stranger could connect.
+            os.fchmod(sock.fileno(), 0o600)
             sock.bind(str(self._path))
             self._path.chmod(0o660)
         except OSError as error:

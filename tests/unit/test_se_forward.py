@@ -125,7 +125,7 @@ def test_without_a_link_a_connection_is_closed_and_a_stop_ends_all(tmp_path: Pat
 
 
 def test_nobody_else_can_connect_before_the_socket_has_its_mode(
-    tmp_path: Path, stop: StopToken, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     modes: list[int] = []
     chmod = Path.chmod

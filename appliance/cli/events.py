@@ -35,7 +35,6 @@ _STYLES = {"refused": "yellow", "clone": "bold magenta", "lost": "red", "revoked
 def command(context: CliContext, follow: bool, after: int | None) -> None:
     """Shows events, oldest first. With --follow, --json prints one line an event."""
     operator = Operator(context.paths.controller_socket)
-    started_at = operator.controller().started_at if follow else 0.0
     events = operator.events(after=after or 0)
     if after is None:
         events = events[-_NEWEST:]
@@ -52,10 +51,8 @@ def command(context: CliContext, follow: bool, after: int | None) -> None:
     is_away = False
     while True:
         try:
-            if is_away and (now_started := operator.controller().started_at) != started_at:
-                started_at, last_id = now_started, 0  # ids begin anew with the process
-            is_away = False
             events = operator.events(after=last_id, wait_s=_WAIT_S)
+            is_away = False
         except UnreachableError as error:
             if not error.retryable:
                 raise

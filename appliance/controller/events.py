@@ -14,6 +14,10 @@ from appliance.protocol.operator import Event
 
 MAX_EVENTS = 10_000
 
+_SECOND_BITS = 20
+"""Ids begin at the second of the start, shifted by this: above all ids of an earlier process, unless it emitted more
+than a million events a second, and below 2^53 until the year 2242."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -23,7 +27,7 @@ class Events:
     def __init__(self, wall: Callable[[], float]) -> None:
         self._wall = wall
         self._kept: deque[Event] = deque(maxlen=MAX_EVENTS)
-        self._last_id = 0
+        self._last_id = int(wall()) << _SECOND_BITS
         self._arrived = asyncio.Event()
         self.counts: Counter[str] = Counter()
         """Events since start, by kind."""
@@ -43,7 +47,12 @@ class Events:
         self._arrived = asyncio.Event()
 
     def after(self, last_id: int) -> list[Event]:
-        """Returns the kept events with an id above `last_id`, oldest first."""
+        """Returns the kept events with an id above `last_id`, oldest first.
+
+        An id that this process can't have given is of an earlier one whose clock was ahead: all are newer.
+        """
+        if last_id > self._last_id:
+            last_id = 0
         found: list[Event] = []
         for event in reversed(self._kept):
             if event.id <= last_id:
@@ -53,7 +62,7 @@ class Events:
 
     async def wait_after(self, last_id: int, *, wait_s: float) -> list[Event]:
         """Like `after`, but waits up to `wait_s` seconds where there is none yet."""
-        if self._last_id <= last_id and wait_s > 0:
+        if wait_s > 0 and not self.after(last_id):
             try:
                 await asyncio.wait_for(self._arrived.wait(), wait_s)
             except TimeoutError:

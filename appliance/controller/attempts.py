@@ -3,8 +3,8 @@
 A *track* is what one peer did from one address, named by its attempt id, else its se_id, else "" (a handshake is over
 before its peer can say a name), and holds the newest word on each step. Little of it was authenticated, and anybody
 may come with new addresses and ids, so all of it is bounded: `MAX_TRACKS` in all (out goes the oldest of the source
-that was quiet longest), `MAX_PER_SOURCE` for one address (out goes its oldest: a flood from one address costs nobody
-else's tracks), and clipped texts.
+that was quiet longest), `MAX_PER_SOURCE` for one IPv4 address or IPv6 /64 (out goes its oldest: a flood from one of
+them costs nobody else's tracks), and clipped texts.
 
 A source stands for many SEs where they share a NAT. `chain(source)` then tells of the track that fails, since that is
 why somebody asks; the attempt id, which the SE prints on its console, tells them apart.
@@ -15,8 +15,9 @@ Pure: no clock, no I/O. One loop only.
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 
+from appliance.controller.rate import network_of
 from appliance.protocol.why import Link, Step, StepResult
 
 MAX_TRACKS = 4096
@@ -50,6 +51,9 @@ class Attempts:
         self._max_per_source = max_per_source
         self._sources: OrderedDict[str, OrderedDict[str, _Track]] = OrderedDict()
         """Source to its tracks by name; both quietest first."""
+        self._networks: dict[str, OrderedDict[str, None]] = {}
+        """IPv4 address or IPv6 /64 to its sources, quietest first."""
+        self._in_network: Counter[str] = Counter()
         self._count = 0
 
     def __len__(self) -> int:
@@ -83,27 +87,35 @@ class Attempts:
         """
         source, name = _clip(_plain(source)), _clip(attempt_id or se_id)
         tracks = self._sources.setdefault(source, OrderedDict())
+        network = network_of(source)
+        members = self._networks.setdefault(network, OrderedDict())
+        members[source] = None
         track = tracks.get(name)
         if track is None:
             track = tracks[name] = _Track(name)
             self._count += 1
+            self._in_network[network] += 1
         track.at = at
         track.se_id = _clip(se_id) or track.se_id
         track.links[step] = Link(step=step, result=result, at=at, text=_clip(text), code=_clip(code), hint=hint)
         tracks.move_to_end(name)
         self._sources.move_to_end(source)
-        if len(tracks) > self._max_per_source:
-            tracks.popitem(last=False)
-            self._count -= 1
+        members.move_to_end(source)
+        if self._in_network[network] > self._max_per_source:
+            self._forget_oldest(next(iter(members)))
         elif self._count > self._max_tracks:
-            self._forget_quietest()
+            self._forget_oldest(next(iter(self._sources)))
 
-    def _forget_quietest(self) -> None:
-        source, tracks = next(iter(self._sources.items()))
+    def _forget_oldest(self, source: str) -> None:
+        """Forgets the oldest track of a source."""
+        network, tracks = network_of(source), self._sources[source]
         tracks.popitem(last=False)
         self._count -= 1
+        self._in_network[network] -= 1
         if not tracks:
-            del self._sources[source]
+            del self._sources[source], self._networks[network][source]
+        if not self._in_network[network]:
+            del self._networks[network], self._in_network[network]
 
     def chain(self, subject: str) -> list[Link] | None:
         """Returns all steps of an attempt id, source address or se_id in their order, or None where it isn't known.

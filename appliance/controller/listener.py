@@ -15,13 +15,15 @@ import logging
 import socket
 import ssl
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from starlette.applications import Starlette
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
+
+from appliance.controller.rate import network_of
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +33,8 @@ MAX_QUEUED = 16
 _ANSWER = b"HTTP/1.1 %d %s\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 _TOO_LARGE = (413, b"Content Too Large")
 _HEADERS_TOO_LARGE = (431, b"Request Header Fields Too Large")
+MIN_REST_S = 1.0
+"""How long a connection rests between two requests before it may have to make room."""
 _CHUNKED_FACTOR = 2
 """What a body in chunks may take on the wire, as a multiple of what it may hold."""
 
@@ -95,6 +99,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._deadline: asyncio.TimerHandle | None = None
         self.closed: Callable[[], None] | None = None
         """Called once when the connection is gone."""
+        self.rests: Callable[[bool], None] | None = None
+        """Told True when it begins to wait for a next request, False when that came or the connection is gone."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -103,6 +109,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._arm("headers", self._limits.header_timeout_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.rest(begins=False)
         self._disarm()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
@@ -113,6 +120,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         if self._reading == "":
+            self.rest(begins=False)
             self._received_bytes = 0
             self._arm("headers", self._limits.header_timeout_s)
         self._received_bytes += len(data)
@@ -155,6 +163,16 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.cycle is not None and not self.transport.is_closing():
             super().on_message_complete()
 
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._reading == "" and self.timeout_keep_alive_task is not None:
+            self.rest(begins=True)
+
+    def rest(self, *, begins: bool) -> None:
+        """Tells `rests` that a rest begins or ends."""
+        if self.rests is not None:
+            self.rests(begins)
+
     def _arm(self, reading: str, timeout_s: float) -> None:
         self._disarm()
         self._reading = reading
@@ -182,7 +200,12 @@ def peer_address(sock_name: Any) -> str:
 
 
 class TlsListener:
-    """Accepts TLS connections with a deadline for the handshake and caps on unfinished ones, in all and per source."""
+    """Accepts TLS connections with a deadline for the handshake, and caps on open ones, in all and per source.
+
+    At a cap the connection that rested the longest between two requests makes room, of the same source where it is
+    that one's cap; only where there is none, the new one is closed. One that rests for less than `MIN_REST_S` stays:
+    it belongs to an SE between nonce and enroll.
+    """
 
     def __init__(
         self,
@@ -205,8 +228,14 @@ class TlsListener:
         self._on_handshake = on_handshake
         self._open: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._resting: dict[GuardedProtocol, float] = {}
+        """Connections between two requests and since when, by the loop's clock; longest first."""
+        self._resting_in: dict[str, dict[GuardedProtocol, None]] = {}
+        """The same by network."""
         self.refused = 0
         """Connections closed at once because of a cap."""
+        self.shed = 0
+        """Connections between two requests that were closed because of a cap."""
 
     async def run(self) -> None:
         """Accepts until cancelled."""
@@ -222,25 +251,52 @@ class TlsListener:
                     await asyncio.sleep(0.2)
                     continue
                 source = peer_address(name)
-                if len(self._tasks) >= self._max or self._open[source] >= self._max_per_source:
+                network = network_of(source)
+                if not self._has_room(network):
                     self.refused += 1
                     connection.close()
                     continue
                 # Counted here: a task that was made has not begun yet when the next connection is accepted.
-                self._open[source] += 1
-                task = asyncio.create_task(self._serve(connection, source))
+                self._open[network] += 1
+                task = asyncio.create_task(self._serve(connection, source, network))
                 self._tasks.add(task)
-                task.add_done_callback(functools.partial(self._served, connection, source))
+                task.add_done_callback(functools.partial(self._served, connection, network))
         finally:
             self._front.close()
             for task in list(self._tasks):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _serve(self, connection: socket.socket, source: str) -> None:
+    def _has_room(self, network: str) -> bool:
+        """Whether one more may come from `network`, where need be in the place of one that rests."""
+        if self._open[network] >= self._max_per_source:
+            return self._shed(self._resting_in.get(network, ()))
+        return len(self._tasks) < self._max or self._shed(self._resting)
+
+    def _shed(self, resting: Iterable[GuardedProtocol]) -> bool:
+        """Closes the first of `resting` where it rests for long enough."""
+        longest = next(iter(resting), None)
+        if longest is None or asyncio.get_running_loop().time() - self._resting[longest] < MIN_REST_S:
+            return False
+        self.shed += 1
+        longest.transport.abort()  # a TLS farewell would hold the place for up to two seconds
+        longest.rest(begins=False)
+        return True
+
+    def _rests(self, protocol: GuardedProtocol, network: str, begins: bool) -> None:
+        if begins:
+            self._resting[protocol] = asyncio.get_running_loop().time()
+            self._resting_in.setdefault(network, {})[protocol] = None
+        elif self._resting.pop(protocol, None) is not None:
+            del self._resting_in[network][protocol]
+            if not self._resting_in[network]:
+                del self._resting_in[network]
+
+    async def _serve(self, connection: socket.socket, source: str, network: str) -> None:
         closed = asyncio.Event()
         protocol = self._front.protocol(source=source)
         protocol.closed = closed.set
+        protocol.rests = functools.partial(self._rests, protocol, network)
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             await asyncio.get_running_loop().connect_accepted_socket(
@@ -256,10 +312,10 @@ class TlsListener:
         self._on_handshake(source, "")
         await closed.wait()
 
-    def _served(self, connection: socket.socket, source: str, task: asyncio.Task[None]) -> None:
+    def _served(self, connection: socket.socket, network: str, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        self._open[source] -= 1
-        if not self._open[source]:
-            del self._open[source]
+        self._open[network] -= 1
+        if not self._open[network]:
+            del self._open[network]
         with contextlib.suppress(OSError):
             connection.close()

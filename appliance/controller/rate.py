@@ -1,11 +1,29 @@
-"""Token buckets: a steady rate with a burst, global and per source. Pure: time is an argument (monotonic seconds)."""
+"""Token buckets: a steady rate with a burst; global and per source before authentication, per image key after it.
+
+Pure: time is an argument (monotonic seconds). A source is an IPv4 address or the /64 of an IPv6 one.
+"""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from ipaddress import IPv6Address, IPv6Network
 
 MAX_SOURCES = 4096
 """Sources remembered at a time; the one not heard of for the longest is forgotten first."""
+
+
+def network_of(source: str) -> str:
+    """What counts as one source: an IPv4 address, or the /64 in which an IPv6 host may take any (RFC 7421).
+
+    What is no IPv6 address is returned as it is.
+    """
+    try:
+        address = IPv6Address(source.partition("%")[0])
+    except ValueError:
+        return source
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(IPv6Network((int(address) >> 64 << 64, 64)))
 
 
 class Bucket:
@@ -40,6 +58,7 @@ class Rates:
 
     def allow(self, source: str, now: float) -> bool:
         """Whether a request from `source` may pass; the source is asked first so that one can't drain the rest."""
+        source = network_of(source)
         bucket = self._sources.get(source)
         if bucket is None:
             bucket = self._sources[source] = Bucket(self._source_rate[1], now)

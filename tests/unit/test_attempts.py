@@ -153,6 +153,17 @@ def test_a_flood_of_attempt_ids_from_one_source_costs_only_its_own() -> None:
     assert len(attempts) == MAX_PER_SOURCE + 1
 
 
+def test_a_flood_of_addresses_from_one_ipv6_network_costs_only_its_own() -> None:
+    attempts = Attempts()
+    attempts.note("2001:db8:0:1::1", Step.TLS, FAILED, at=0.0)
+    for number in range(MAX_TRACKS + 1):
+        attempts.note(f"2001:db8:0:2::{number:x}", Step.TLS, FAILED, at=1.0 + number)
+    assert attempts.chain("2001:db8:0:1::1") is not None
+    assert attempts.chain(f"2001:db8:0:2::{MAX_TRACKS:x}") is not None
+    assert attempts.chain("2001:db8:0:2::0") is None
+    assert len(attempts) == MAX_PER_SOURCE + 1
+
+
 @pytest.mark.parametrize(("char", "sources"), [("x", 100_000), ("\N{GRINNING FACE}", 3 * MAX_TRACKS)])
 def test_a_flood_of_sources_keeps_less_than_10_mb(char: str, sources: int) -> None:
     attempts = Attempts()
@@ -160,7 +171,7 @@ def test_a_flood_of_sources_keeps_less_than_10_mb(char: str, sources: int) -> No
         for number in range(sources):
             if number == sources - 2 * MAX_TRACKS:  # tracing is slow, and what came before will be forgotten
                 tracemalloc.start()
-            source = f"2001:db8::{number >> 16:x}:{number & 0xFFFF:x}"
+            source = f"2001:db8:{number >> 16:x}:{number & 0xFFFF:x}::1"
             for step in (Step.TLS, Step.NONCE, Step.GRANT):
                 text = f"{number} {step} " + char * MAX_TEXT
                 attempts.note(source, step, FAILED, at=float(number), attempt_id=f"{number:016x}", text=text)

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import uvloop
 
+from appliance.controller import listener
 from appliance.controller.listener import FrontEnd, HttpLimits, TlsListener, peer_address
 from appliance.controller.web import Endpoint, Request, Response, application
 from appliance.pki import tls
@@ -588,6 +589,80 @@ def test_caps_hold_in_a_burst(run_in_both: Callable[..., None]) -> None:
         await until(lambda: not server.listener._open)
 
     run_in_both(act, per_source=10)
+
+
+def test_who_rests_makes_room_for_who_comes(run_in_both: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a cap the one that rested the longest goes; who is being answered, or has not asked yet, stays."""
+    monkeypatch.setattr(listener, "MIN_REST_S", 0.0)
+
+    async def act(server: Server) -> None:
+        resting = []
+        for _ in range(2):
+            resting.append(await server.client(source="127.0.0.2"))
+            resting[-1].say(HELLO)
+            await resting[-1].answer()
+        busy = await server.client(source="127.0.0.2")
+        busy.say(SLOW)
+        await until(lambda: server.handled[-1] == "slow")
+        other = await server.client(source="127.0.0.3")
+        other.say(HELLO)
+        await other.answer()
+        newcomer = await server.client(source="127.0.0.2")
+        newcomer.say(HELLO)
+        assert await newcomer.answer() == (200, b"hello 127.0.0.2")
+        assert await resting[0].ended(within_s=2) < 0.5
+        resting[1].say(HELLO)
+        assert await resting[1].answer() == (200, b"hello 127.0.0.2")
+        server.release.set()
+        assert await busy.answer() == (200, b"slow")
+        assert (server.listener.shed, server.listener.refused) == (1, 0)
+        for each in (*resting, busy, other, newcomer):
+            await each.close()
+        await until(lambda: not server.listener._open)
+        assert not server.listener._resting
+        assert not server.listener._resting_in
+
+    run_in_both(act, per_source=3)
+
+
+def test_who_rests_makes_room_for_another_source_at_the_cap_in_all(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "MIN_REST_S", 0.0)
+
+    async def act(server: Server) -> None:
+        rests, busy = await server.client(source="127.0.0.2"), await server.client(source="127.0.0.2")
+        rests.say(HELLO)
+        await rests.answer()
+        busy.say(SLOW)
+        await until(lambda: server.handled[-1] == "slow")
+        newcomer = await server.client(source="127.0.0.3")
+        newcomer.say(SLOW)
+        assert await rests.ended(within_s=2) < 0.5
+        await until(lambda: server.handled[-2:] == ["slow", "slow"])
+        extra = await server.plain(source="127.0.0.4")
+        await extra.ended(within_s=2)
+        assert (server.listener.shed, server.listener.refused) == (1, 1)
+        for each in (rests, busy, newcomer, extra):
+            await each.close()
+
+    run(act, most=2)
+
+
+def test_who_has_rested_for_a_moment_only_stays(run: Callable[..., None]) -> None:
+    async def act(server: Server) -> None:
+        asked = await server.client()
+        asked.say(HELLO)
+        await asked.answer()
+        extra = await server.plain()
+        assert await extra.ended(within_s=2) < HANDSHAKE_S / 2
+        asked.say(HELLO)
+        assert await asked.answer() == (200, b"hello 127.0.0.1")
+        assert (server.listener.shed, server.listener.refused) == (0, 1)
+        for each in (asked, extra):
+            await each.close()
+
+    run(act, per_source=1)
 
 
 def test_a_stop_closes_what_is_open(run_in_both: Callable[..., None]) -> None:

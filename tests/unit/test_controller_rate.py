@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appliance.controller.rate import MAX_SOURCES, Bucket, Rates
+from appliance.controller.rate import MAX_SOURCES, Bucket, Rates, network_of
 
 gaps = st.lists(st.floats(0, 5, allow_nan=False), min_size=1, max_size=150)
 rates = st.floats(0.1, 50)
@@ -69,6 +70,28 @@ def test_one_source_can_not_drain_the_others() -> None:
     assert sum(limit.allow("flood", 0.0) for _ in range(10_000)) == 10
     assert sum(limit.allow(f"vm-{number}", 0.0) for number in range(90)) == 90
     assert not limit.allow("vm-90", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("source", "network"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("::ffff:192.0.2.7", "192.0.2.7"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2::", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("no address: at all", "no address: at all"),
+        ("", ""),
+    ],
+)
+def test_an_ipv6_source_is_its_64(source: str, network: str) -> None:
+    assert network_of(source) == network
+
+
+def test_addresses_of_one_64_share_what_one_source_may_take() -> None:
+    limit = Rates(rate_per_s=1, burst=1000, source_rate_per_s=1, source_burst=10, now=0.0)
+    assert sum(limit.allow(f"2001:db8::{number:x}", 0.0) for number in range(100)) == 10
+    assert limit.allow("2001:db8:0:1::1", 0.0), "another network"
 
 
 def test_a_thousand_behind_one_address_pass_at_once() -> None:

@@ -135,7 +135,7 @@ class Controller:
         result = StepResult.FAILED if error else StepResult.OK
         hint = "the SE checks this node's certificate against its own root CA; see its console" if error else ""
         text = f"TLS handshake failed: {error}" if error else "TLS handshake done"
-        code = "ENROLL-030" if error else ""
+        code = "ENROLL-041" if error else ""
         parts.attempts.note(source, Step.TLS, result, at=parts.clock.now(), text=text, code=code, hint=hint)
 
     async def _tend(self) -> None:

@@ -97,6 +97,8 @@ class EnrollApi:
         self.refusals: Counter[str] = Counter()
         """Refusal code to count, since start."""
         self.granted = 0
+        self.draining = False
+        """Whether nobody is admitted any more."""
 
     def count_granted(self) -> None:
         """An SE got its first grant."""
@@ -134,6 +136,8 @@ class EnrollApi:
         return ProblemError(refusal.problem(detail=detail, nonce=fresh))
 
     def _limit(self, request: Request, step: Step) -> None:
+        if self.draining:
+            raise self._refusal(request, Refusals.DRAINING, step=step)
         if not self._rates.allow(request.state.source, self._monotonic()):
             raise self._refusal(request, Refusals.RATE, step=step)
 

@@ -266,8 +266,8 @@ class Parts:
             self.acceptor.update(server_host_keys=[str(files.host_key)])
 
     def drain(self) -> None:
-        """Admits nobody any more."""
-        self.gateway.draining = True
+        """Admits nobody any more, neither links nor enrollments."""
+        self.gateway.draining = self.enroll_api.draining = True
 
     def view(self) -> ControllerView:
         """This controller."""

@@ -254,6 +254,10 @@ class Refusals(Refusal, enum.Enum):
         60,
     )
 
+    DRAINING = Refusal(
+        "ENROLL-038", 503, "The controller admits nobody now", "It is about to stop; the agent tries again.", 10
+    )
+
     def problem(self, *, detail: str = "", nonce: str = "") -> Problem:
         """Returns the problem document of this refusal (RFC 9457)."""
         return Problem(

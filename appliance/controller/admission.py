@@ -172,7 +172,7 @@ class Admission:
         machine's. The caller closes the links that the old key holds.
         """
         registry = self._registry
-        async with registry.turn():
+        async with registry.turn(request.se_id):
             now = self._wall()
             if registry.is_reserved(thumbprint):
                 return _refused(Refusals.KEY_IN_USE)
@@ -261,7 +261,7 @@ class Admission:
             UsageError: that can't be done to an SE of its status.
             StoreError: as `enroll`.
         """
-        async with self._registry.turn():
+        async with self._registry.turn(se_id):
             record = self._registry.se(se_id)
             if record is None:
                 raise NotFoundError(f"no SE {se_id!r} is known", hint="see `appliance se list`")
@@ -301,7 +301,7 @@ class Admission:
         lapsed = []
         for record in self._registry.ses():
             if record.status is SeStatus.PENDING and self._is_over(record):
-                async with self._registry.turn():
+                async with self._registry.turn(record.se_id):
                     now_kept = self._registry.se(record.se_id)
                     if now_kept is None or now_kept.status is not SeStatus.PENDING or not self._is_over(now_kept):
                         continue

@@ -67,18 +67,20 @@ class TrustApi:
 
     async def rotate_key(self, request: Request, body: Reasoned) -> SeDetail:
         """Asks an SE for a new key of its own; it sends one with its next heartbeat, or when it is back."""
-        with refused():
-            record = self._se(request)
+
+        def due(record: SeRecord) -> SeRecord:
             if record.status is not SeStatus.ENROLLED:
                 raise UsageError(
                     f"{record.name} is {record.status.value}", hint="only an enrolled SE has a key to change"
                 )
-        if not record.key_due:
-            changed = msgspec.structs.replace(record, key_due=True)
-            await self._registry.update_audited(
-                record, changed, actor=request.state.actor, action="se.key-due", detail=body.reason
+            return msgspec.structs.replace(record, key_due=True)
+
+        with refused():
+            found = self._se(request)
+            record = await self._registry.change_se(
+                found.se_id, due, actor=request.state.actor, action="se.key-due", detail=body.reason
             )
-        return self._fleet.detail(self._registry.se(record.se_id) or record)
+        return self._fleet.detail(record)
 
     def _kind(self, request: Request) -> Kind:
         try:

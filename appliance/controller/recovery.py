@@ -90,7 +90,7 @@ class Recovery:
         registry, claim = self._registry, request.claim
         if claim is None:
             return _refused(Refusals.SE_UNKNOWN)
-        async with registry.turn():
+        async with registry.turn(request.se_id):
             if registry.is_reserved(thumbprint):
                 return _refused(Refusals.KEY_IN_USE)
             known, by_key = registry.se(request.se_id), registry.se_by_key(thumbprint)

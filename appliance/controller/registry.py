@@ -4,7 +4,8 @@ The registry keeps all records in memory, as the store last confirmed them, so t
 nothing by itself: `controller.admission` and `protocol.tunnel.judge_newcomer` do. Order of every change: compute,
 commit, then change memory, then answer; whoever got an answer can rely on it after a power cut. Changes that extend
 the audit or hand out numbers take the ledger lock; link tickets only touch their own SE's record and are grouped by
-the store.
+the store. Who changes an SE in its turn takes that SE's lock too, so that it never meets a ticket that is being
+written.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
+from weakref import WeakValueDictionary
 
 import msgspec
 
@@ -55,6 +57,8 @@ class Registry:
         self.audit = audit
         self._wall = wall
         self._ledger = asyncio.Lock()
+        self._writing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """SEs whose records are being written."""
         self._is_stale = False
         """Whether memory may be behind the store."""
         self._ses: dict[str, _Kept[SeRecord]] = {}
@@ -110,12 +114,19 @@ class Registry:
         self.next_number = int(entry.value) if entry else 1
 
     @contextlib.asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """Holds the ledger lock; reads the store anew where an earlier commit's outcome is unknown."""
-        async with self._ledger:
+    async def turn(self, se_id: str = "") -> AsyncIterator[None]:
+        """Holds the ledger lock; reads the store anew where an earlier commit's outcome is unknown.
+
+        Where `se_id` is given, nothing else writes that SE's record meanwhile, not even its link's ticket.
+        """
+        async with self._ledger, self._alone(se_id) if se_id else contextlib.nullcontext():
             if self._is_stale:
                 await self._read()
             yield
+
+    def _alone(self, se_id: str) -> asyncio.Lock:
+        """The lock of an SE's record; whoever also takes the ledger's takes that first."""
+        return self._writing.setdefault(se_id, asyncio.Lock())
 
     async def _all(self, prefix: str) -> AsyncIterator[tuple[str, bytes, int]]:
         after = ""
@@ -336,18 +347,37 @@ class Registry:
         if self._is_stale:
             async with self.turn():
                 pass
-        key = records.se_key(record.se_id)
-        compare = Compare(key, "mod_revision", "=", self._revision(was))
-        revision = await self._txn([compare], [Put(key, records.encode(record))])
-        self._remember(record, revision)
+        async with self._alone(record.se_id):
+            key = records.se_key(record.se_id)
+            compare = Compare(key, "mod_revision", "=", self._revision(was))
+            revision = await self._txn([compare], [Put(key, records.encode(record))])
+            self._remember(record, revision)
 
     async def update_audited(
         self, was: SeRecord, record: SeRecord, *, actor: str, action: str, detail: str = ""
     ) -> None:
         """Stores `record` in the place of `was`, together with an audit entry. Raises as `update_se`."""
-        async with self.turn():
+        async with self.turn(record.se_id):
             self._revision(was)
             await self.commit(record, actor=actor, action=action, subject=record.se_id, detail=detail)
+
+    async def change_se(
+        self, se_id: str, change: Callable[[SeRecord], SeRecord], *, actor: str, action: str, detail: str = ""
+    ) -> SeRecord:
+        """Changes an SE as it stands when its turn has come, with an audit entry where that changes anything.
+
+        Raises:
+            NotFoundError: there is no such SE.
+            StoreError: as `commit`.
+        """
+        async with self.turn(se_id):
+            was = self.se(se_id)
+            if was is None:
+                raise NotFoundError(f"no SE {se_id!r} is known", hint="see `appliance se list`")
+            record = change(was)
+            if record != was:
+                await self.commit(record, actor=actor, action=action, subject=se_id, detail=detail)
+            return record
 
     async def note(self, *, actor: str, action: str, subject: str, detail: str = "") -> None:
         """Adds an audit entry that changes nothing else."""

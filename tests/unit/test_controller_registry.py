@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from controller_parts import NOW, Book, book, request
+from controller_parts import NOW, Book, book, request, turns
 
 from appliance.controller import records
 from appliance.controller.records import ImageKeyRecord, SeRecord
@@ -290,6 +290,57 @@ def test_a_revoke_is_not_undone_by_who_was_waiting_behind_it(tmp_path: Path) -> 
         now = found.registry.se(se.se_id)
         assert now is not None
         assert now.status is SeStatus.REVOKED
+        await agrees(found)
+
+    run(tmp_path, act)
+
+
+@pytest.mark.parametrize("doing", [standing.Act.REVOKE, standing.Act.DELETE])
+def test_a_revoke_that_meets_a_ticket_waits_for_it(tmp_path: Path, doing: standing.Act) -> None:
+    """The ticket's commit is under way when the operator comes: neither fails, and the revoke has the last word."""
+
+    async def act(found: Book, key: ImageKeyRecord) -> None:
+        se = await enrolled(found, key)
+        ticketed = msgspec.structs.replace(se, ticket_pending="t-1")
+        found.store.gate, before = asyncio.Event(), found.store.txns
+        hello = asyncio.create_task(found.registry.update_se(se, ticketed))
+        await turns(lambda: found.store.txns > before)
+        revoke = asyncio.create_task(found.admission.act(se.se_id, doing, actor="a", reason="r"))
+        await turns(lambda: found.registry._ledger.locked())
+        found.store.gate.set()
+        await hello
+        record = (await revoke).record
+        assert record.status in {SeStatus.REVOKED, SeStatus.DELETED}
+        assert record.ticket_pending == "t-1"
+        assert not found.registry._writing
+        await agrees(found)
+
+    run(tmp_path, act)
+
+
+def test_an_se_is_changed_as_it_stands_when_its_turn_has_come(tmp_path: Path) -> None:
+    async def act(found: Book, key: ImageKeyRecord) -> None:
+        se = await enrolled(found, key)
+        found.store.gate, before = asyncio.Event(), found.store.txns
+        hello = asyncio.create_task(found.registry.update_se(se, msgspec.structs.replace(se, ticket_pending="t-1")))
+        await turns(lambda: found.store.txns > before)
+
+        def due(record: SeRecord) -> SeRecord:
+            return msgspec.structs.replace(record, key_due=True)
+
+        changes = [
+            asyncio.create_task(found.registry.change_se(se.se_id, due, actor="a", action="se.key-due"))
+            for _ in range(2)
+        ]
+        await turns(lambda: found.registry._ledger.locked())
+        found.store.gate.set()
+        await hello
+        first, second = await asyncio.gather(*changes)
+        assert first == second == msgspec.structs.replace(se, ticket_pending="t-1", key_due=True)
+        audited = [entry.action for entry in await found.registry.audit.read(after=0, limit=100)]
+        assert audited.count("se.key-due") == 1, "what changes nothing leaves no entry"
+        with pytest.raises(NotFoundError):
+            await found.registry.change_se("nobody", due, actor="a", action="se.key-due")
         await agrees(found)
 
     run(tmp_path, act)

@@ -50,6 +50,7 @@ _CLOUD_BOTH = """\
 system_info:
   default_user:
     name: operator
+    no_user_group: true  # Debian has a group of that name, over which useradd stumbles
     lock_passwd: true
     groups: [sudo, adm, systemd-journal]
     sudo: ["ALL=(ALL) NOPASSWD:ALL"]

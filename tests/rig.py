@@ -207,6 +207,23 @@ class Machine:
         return SimulatedSe(bundle, name=name, host_key=self.host_key, sshd_port=self.acceptor.get_port(), beats=Beats())
 
 
+async def linked(stand: Machine, controller: RunningController, name: str) -> SimulatedSe:
+    """A fresh SE that is enrolled and linked, and whose first heartbeat was answered."""
+    se = stand.se(controller.bundle, name)
+    await se.enroll()
+    await se.link()
+    await se.beat()
+    return se
+
+
+def twin_of(stand: Machine, controller: RunningController, se: SimulatedSe) -> SimulatedSe:
+    """Another machine with the same key and state."""
+    twin = stand.se(controller.bundle, se.name)
+    twin.identity, twin.se_id, twin.grant, twin.ticket = se.identity, se.se_id, se.grant, se.ticket
+    twin.trust = se.trust
+    return twin
+
+
 @contextlib.asynccontextmanager
 async def machine():  # type: ignore[no-untyped-def]
     """A machine for simulated SEs; closes their links at the end."""

@@ -10,6 +10,7 @@ import asyncio
 import functools
 import logging
 import secrets
+import sys
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakValueDictionary
@@ -19,6 +20,7 @@ import msgspec
 from appliance.controller.attempts import Attempts
 from appliance.controller.fleet import Fleet, ping
 from appliance.controller.link import Link
+from appliance.controller.rate import Rates
 from appliance.controller.records import SeRecord
 from appliance.controller.safekeeping import Safekeeping
 from appliance.controller.trust import Publication
@@ -28,7 +30,7 @@ from appliance.pki import ssh_keys
 from appliance.pki.identity import verify
 from appliance.protocol import jws, strict_json, tunnel
 from appliance.protocol.address import se_address
-from appliance.protocol.enroll import SeStatus, check_facts
+from appliance.protocol.enroll import InstanceFacts, SeStatus, check_facts
 from appliance.protocol.fleet import Reason
 from appliance.protocol.trust import Envelope
 from appliance.protocol.tunnel import (
@@ -53,6 +55,8 @@ Said = TypeVar("Said")
 Answered = TypeVar("Answered")
 
 TICKET_BYTES = 16
+ALARMS_PER_H = 6
+"""Copies and roll-backs of one SE that are told and audited: who has its key must not fill the audit with hellos."""
 REFUSED_STAYS_S = 1.0
 """How long a link whose hello was refused stays open, for the answer to get out."""
 
@@ -82,6 +86,14 @@ def _stored(
     return run
 
 
+def _machine(source: str, facts: InstanceFacts) -> str:
+    """Names a machine so that an operator tells it from its copy behind the same address."""
+    own = [f"boot {facts.boot_id[:8]}"] if facts.boot_id else []
+    if facts.macs:
+        own.append(f"MAC {facts.macs[0][:17]}")
+    return f"{source} ({', '.join(own)})" if own else source
+
+
 class ChannelApi:
     """Answers links. One loop only."""
 
@@ -107,6 +119,11 @@ class ChannelApi:
         self._reverse_port = reverse_port
         self._check_reverse = check_reverse
         self._wall = wall
+        # For each SE alone: a thousand may be set back at once by their hypervisor, and each is told.
+        self._alarms = Rates(
+            rate_per_s=1.0, burst=sys.maxsize, source_rate_per_s=ALARMS_PER_H / 3600, source_burst=ALARMS_PER_H,
+            now=wall(),
+        )  # fmt: skip
         self._hellos: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     def endpoints(self) -> list[Endpoint]:
@@ -152,6 +169,7 @@ class ChannelApi:
             raise strict_json.MalformedError(problems[0])
         link.hello_done = True
         link.agent_version = hello.agent_version[:64]
+        link.machine = _machine(link.source, hello.facts)
         link.trust_version = hello.trust_version
         lock = self._hellos.setdefault(link.se_id, asyncio.Lock())
         try:
@@ -204,21 +222,26 @@ class ChannelApi:
         verdict = tunnel.judge_newcomer(record.tickets, hello.ticket, older_link_answers=answers)
         if verdict is Newcomer.QUARANTINE:
             fleet.quarantine(link)
-            older_source = older.source if older else "no live link"
-            text = f"{record.name}: a second SE with its key came from {link.source}; the first is {older_source}"
-            fleet.events.emit("tunnel", "se.clone", record.se_id, text)
-            await fleet.registry.note(
-                actor=f"se {link.source}", action="se.clone", subject=record.se_id, detail=f"first: {older_source}"
-            )
+            if self._alarms.allow(record.se_id, self._wall()):
+                first = older.machine if older else "not linked"
+                text = f"{record.name}: a second SE with its key came from {link.machine}; the first is {first}"
+                fleet.events.emit("tunnel", "se.clone", record.se_id, text)
+                await fleet.registry.note(
+                    actor=f"se {link.source}",
+                    action="se.clone",
+                    subject=record.se_id,
+                    detail=f"second: {link.machine}; first: {first}",
+                )
             return verdict, ""
         ticket = secrets.token_urlsafe(TICKET_BYTES)
         changed = msgspec.structs.replace(record, ticket_pending=ticket, seen_facts=hello.facts)
         if hello.ticket and hello.ticket == record.ticket_pending:
             # It shows the ticket of a hello whose confirmation got lost: it had stored it, so that one is current now.
             changed = msgspec.structs.replace(changed, ticket=hello.ticket)
-        if verdict is Newcomer.ROLLED_BACK:
-            link.rolled_back = True
+        link.rolled_back = verdict is Newcomer.ROLLED_BACK
+        if link.rolled_back:
             changed = msgspec.structs.replace(changed, ticket_superseded=record.ticket)
+        if link.rolled_back and self._alarms.allow(record.se_id, self._wall()):
             text = f"{record.name} came back with an older link ticket from {link.source}: restored snapshot or disk?"
             fleet.events.emit("tunnel", "se.rolled-back", record.se_id, text)
             await fleet.registry.update_audited(record, changed, actor=f"se {link.source}", action="se.rolled-back")

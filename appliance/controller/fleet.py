@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import msgspec
@@ -59,6 +59,12 @@ async def ping(link: Link, deadline_s: float = tunnel.DEADLINE_S) -> bool:
     except (TimeoutError, OSError):
         return False
     return not (link.is_gone or link.conn.is_closed())
+
+
+def _pair(held: Collection[Link], admitted: Link | None) -> str:
+    """Names those in quarantine, and whom they are copies of."""
+    copies = ", ".join(sorted(entry.machine for entry in held))
+    return f"{copies}; the first is {admitted.machine if admitted else 'not linked'}"
 
 
 class Fleet:
@@ -194,7 +200,7 @@ class Fleet:
         Whoever comes first from now on is the SE; the operator has switched the wrong one off. Returns how many links
         were closed.
         """
-        changed = msgspec.structs.replace(record, ticket="", ticket_pending="", ticket_superseded="")
+        changed = msgspec.structs.replace(record, ticket=tunnel.UNKNOWN_TICKET, ticket_pending="", ticket_superseded="")
         await self.registry.update_audited(record, changed, actor=actor, action="se.released", detail=reason)
         links = self.quarantined(record.se_id)
         if (link := self._links.get(record.se_id)) is not None:
@@ -286,7 +292,7 @@ class Fleet:
             lost_reason=reason,
             lost_text=text,
             was_rtt_high=link.was_rtt_high if link else False,
-            clone_of=", ".join(sorted(entry.source for entry in held)) if held else "",
+            clone_of=_pair(held, link) if held else "",
         )
 
     def look(self, se_id: str) -> Derived | None:
@@ -348,7 +354,7 @@ class Fleet:
     def detail(self, record: SeRecord) -> SeDetail:
         """One SE, whole."""
         held = self.quarantined(record.se_id)
-        alarms = [f"a copy with this SE's key is linked from {entry.source}, in quarantine" for entry in held]
+        alarms = [f"a copy with this SE's key is linked from {entry.machine}, in quarantine" for entry in held]
         if record.ticket_superseded:
             alarms.append("the SE came back with an older link ticket (snapshot or restored disk)")
         return SeDetail(

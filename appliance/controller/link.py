@@ -62,6 +62,7 @@ class Link:
         "link_id",
         "lost_reason",
         "lost_text",
+        "machine",
         "opened_at",
         "quarantined",
         "rekeys_since",
@@ -97,6 +98,8 @@ class Link:
         self.thumbprint = thumbprint
         """Of the key that logged in: a new one may have taken its place since."""
         self.source = source
+        self.machine = source
+        """What tells this peer from a copy of it: the address it came from, and what it says of itself."""
         self.opened_at = now
         self.last_seen = now
         self.channels = 0

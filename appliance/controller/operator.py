@@ -24,7 +24,7 @@ from appliance.controller.registry import Registry
 from appliance.controller.web import MAX_NUMBER, Endpoint, ProblemError, Request, simple_problem
 from appliance.errors import ApplianceError, NotFoundError, UsageError
 from appliance.protocol.enroll import Policy, Refusals, SeStatus
-from appliance.protocol.fleet import SeSummary
+from appliance.protocol.fleet import Reason, SeSummary
 from appliance.protocol.operator import (
     AuditEntry,
     AuditVerdict,
@@ -217,11 +217,15 @@ class OperatorApi:
             ]
         opened_at = self._wall() - self._fleet.age_s(link)
         beats = link.heartbeats
+        hello, code, hint = f"agent {link.agent_version}", "", ""
+        if derived.reason is Reason.CLONE:
+            hello, code = f"{hello}; {derived.text}", derived.reason.value
+            hint = f"switch the copy off, then: appliance se release {record.number}"
         steps += [
             Link(step=Step.LINK, result=ok, at=opened_at, text=f"from {link.source}"),
             Link(
                 step=Step.HELLO, result=ok if link.confirmed else waiting, at=opened_at if link.confirmed else 0.0,
-                text=f"agent {link.agent_version}" if link.confirmed else "no confirmed hello yet",
+                text=hello if link.confirmed else "no confirmed hello yet", code=code, hint=hint,
             ),
             Link(
                 step=Step.HEARTBEAT, result=ok if beats else waiting, at=self._fleet.last_heartbeat_at(record.se_id),

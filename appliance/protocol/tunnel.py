@@ -238,7 +238,7 @@ class Tickets(NamedTuple):
 
 def is_current(tickets: Tickets, ticket: str) -> bool:
     """Whether `ticket` proves the newest state of this SE. Where none was ever confirmed, none is expected; where a
-    controller was restored from a backup, the first one that comes counts."""
+    controller was restored from a backup, or a quarantine released, the first one that comes counts."""
     if tickets.current == UNKNOWN_TICKET:
         return True
     if not tickets.current:

@@ -21,7 +21,7 @@ from pathlib import Path
 import asyncssh
 import psutil
 import pytest
-from rig import Machine, RunningController, machine, running, until, until_async
+from rig import RunningController, linked, machine, running, twin_of, until, until_async
 
 from appliance.controller.fleet import MAX_LINKS_PER_SE
 from appliance.errors import ApplianceError, EnrollError
@@ -31,22 +31,6 @@ from appliance.protocol.enroll import InstanceFacts
 from appliance.protocol.tunnel import Confirm, Heartbeat, HeartbeatAnswer, HelloAnswer
 
 LOST = (asyncssh.Error, OSError, EOFError, asyncio.IncompleteReadError)
-
-
-async def linked(stand: Machine, controller: RunningController, name: str) -> SimulatedSe:
-    se = stand.se(controller.bundle, name)
-    await se.enroll()
-    await se.link()
-    await se.beat()
-    return se
-
-
-def twin_of(stand: Machine, controller: RunningController, se: SimulatedSe) -> SimulatedSe:
-    """Another machine with the same key and state."""
-    twin = stand.se(controller.bundle, se.name)
-    twin.identity, twin.se_id, twin.grant, twin.ticket = se.identity, se.se_id, se.grant, se.ticket
-    twin.trust = se.trust
-    return twin
 
 
 def freeze(se: SimulatedSe) -> None:

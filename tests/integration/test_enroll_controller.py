@@ -92,6 +92,27 @@ def test_a_forged_request_is_refused(controller: RunningController, name: str) -
     assert answer.status in {400, 403}
 
 
+def test_a_refresh_by_another_key_is_refused(controller: RunningController) -> None:
+    """Who knows an SE's id and fingerprint, which are no secrets, gets no grant of it."""
+
+    async def go() -> None:
+        async with machine() as stand:
+            se = stand.se(controller.bundle, "refreshed")
+            await se.enroll()
+            own, thief = se.identity, Identity.create()
+
+            def signed(nonce: str, kid: str) -> bytes:
+                payload = jws.decode_part(json.loads(se.signed_refresh(nonce))["payload"])
+                return signatures.sign(payload, [("se", kid, thief)])
+
+            for kid, wanted in ((own.thumbprint, "ENROLL-003"), (thief.thumbprint, "ENROLL-022")):
+                answer = await se.ask(enroll.REFRESH_PATH, lambda nonce, kid=kid: signed(nonce, kid))
+                assert code(answer) == wanted
+            await se.refresh()
+
+    asyncio.run(go())
+
+
 def test_a_name_that_stands_twice_is_refused(controller: RunningController) -> None:
     def make(nonce: str, se: SimulatedSe) -> bytes:
         return se.signed_enrollment(nonce).replace(b'{"payload":', b'{"payload":"e30","payload":', 1)

@@ -19,7 +19,7 @@ import asyncssh
 import msgspec
 import psutil
 import pytest
-from rig import Machine, RunningController, core_limit, leaves_core, machine, running, until_async
+from rig import RunningController, core_limit, leaves_core, linked, machine, running, until_async
 
 from appliance.errors import EnrollError, TrustError, UnreachableError
 from appliance.lab.simulated import SimulatedSe
@@ -30,14 +30,6 @@ from appliance.protocol.operator import ImageKeyTermsWish
 from appliance.protocol.problem import Problem
 
 CHANNELS = 10_000
-
-
-async def linked(stand: Machine, controller: RunningController, name: str) -> SimulatedSe:
-    se = stand.se(controller.bundle, name)
-    await se.enroll()
-    await se.link()
-    await se.beat()
-    return se
 
 
 # Enrolling.

@@ -10,19 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from rig import Machine, RunningController, machine, running, until_async
+from rig import RunningController, linked, machine, running, until_async
 
 from appliance.errors import TrustError, UnreachableError, UsageError
-from appliance.lab.simulated import SimulatedSe
 from appliance.protocol.trust import TrustDocument
-
-
-async def linked(stand: Machine, controller: RunningController, name: str) -> SimulatedSe:
-    se = stand.se(controller.bundle, name)
-    await se.enroll()
-    await se.link()
-    await se.beat()
-    return se
 
 
 def root_of(controller: RunningController) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import asyncssh
 import pytest
-from rig import Machine, RunningController, machine, running, until, until_async
+from rig import RunningController, linked, machine, running, twin_of, until, until_async
 
 from appliance.errors import EnrollError, UnreachableError
 from appliance.lab.simulated import SimulatedSe
@@ -20,14 +20,6 @@ from appliance.pki.identity import Identity
 from appliance.protocol import tunnel
 from appliance.protocol.address import REVERSE_PORT, se_address
 from appliance.protocol.tunnel import Confirm, ConfirmAnswer
-
-
-async def linked(stand: Machine, controller: RunningController, name: str) -> SimulatedSe:
-    se = stand.se(controller.bundle, name)
-    await se.enroll()
-    await se.link()
-    await se.beat()
-    return se
 
 
 def with_link(controller: RunningController, name: str, act: Callable[[SimulatedSe], Awaitable[None]]) -> None:
@@ -261,8 +253,7 @@ def test_a_copied_state_is_quarantined_and_the_first_one_stays_up(
     async def go() -> None:
         async with machine() as stand:
             se = await linked(stand, controller, name)
-            copy = stand.se(controller.bundle, name)
-            copy.identity, copy.se_id, copy.grant, copy.ticket = se.identity, se.se_id, se.grant, se.ticket
+            copy = twin_of(stand, controller, se)
             if moved_on:
                 # The original goes on to its next ticket; the copy stays behind with the older one.
                 se.close()
@@ -300,8 +291,8 @@ def test_a_restored_snapshot_is_admitted_and_told(controller: RunningController)
             assert "older ticket" in answer.reason
             assert "older link ticket" in " ".join(controller.operator.se("snapshot").alarms)
             # Whoever shows the ticket that was current before is the twin.
-            twin = stand.se(controller.bundle, "snapshot")
-            twin.identity, twin.se_id, twin.grant, twin.ticket = se.identity, se.se_id, se.grant, current
+            twin = twin_of(stand, controller, se)
+            twin.ticket = current
             assert (await twin.link()).quarantined
 
     asyncio.run(go())

@@ -39,6 +39,11 @@ class Paths:
         return self.state / "mode.lock"
 
     @property
+    def first_boot_file(self) -> Path:
+        """How far first boot got."""
+        return self.state / "first-boot"
+
+    @property
     def lock(self) -> Path:
         """Held by the one daemon that works on this root."""
         return self.state / "lock"
@@ -87,6 +92,11 @@ class Paths:
     def health_file(self) -> Path:
         """The running daemon's health, JSON."""
         return self.run / "health.json"
+
+    @property
+    def console_file(self) -> Path:
+        """The running daemon's state line, as the machine's consoles show it."""
+        return self.run / "console"
 
     @property
     def log(self) -> Path:

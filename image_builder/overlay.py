@@ -26,6 +26,8 @@ from image_builder.agent import Agent
 Role = Literal["se", "controller"]
 
 FIRST_BOOT_UNIT = "appliance-first-boot.service"
+ENABLED = {FIRST_BOOT_UNIT, "appliance-se.service", "appliance-console.path"}
+"""On an SE. Its daemon's unit waits for the mode, which first boot sets."""
 DESCRIPTION_FILE = "appliance-image.json"
 EXEMPT_SINCE = (9, 8)
 """OpenSSH that punishes sources, and knows PerSourcePenaltyExemptList."""
@@ -157,7 +159,7 @@ def places(role: Role, *, root_guid: str, openssh: tuple[int, int], units: dict[
             found.append(Place(path="usr/lib/sysusers.d/appliance.conf", text=text))
             continue
         found.append(Place(path=f"usr/lib/systemd/system/{name}", text=text))
-        if name == FIRST_BOOT_UNIT and role == "se":
+        if name in ENABLED and role == "se":
             found += _enabling(name, text)
     return found
 

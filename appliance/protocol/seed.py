@@ -28,6 +28,11 @@ META_DATA_FILE = "meta-data"
 NETWORK_CONFIG_FILE = "network-config"
 ISO_LABEL = "CIDATA"
 
+IMAGE_DIRECTORY = "etc/appliance/seed"
+"""Below the root: where an image carries its seed, or first boot put it."""
+WISHES_DIRECTORY = "etc/appliance/wishes"
+"""Below the root: a `seed.json` of what this VM's own disks and its hypervisor wish. Never an anchor of trust."""
+
 OWN_LABEL = "APPL-SEED"
 """FAT label and GPT name of the seed partition on our own minimal system."""
 OWN_TYPE = "5EEDA991-1A0C-4E55-9C1B-0A5EED0A9910"

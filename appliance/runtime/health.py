@@ -2,7 +2,8 @@
 
 It holds the state line and this side's half of the causal chain. "Each step needs the one before it": when a step
 fails or has to wait, the later ones aren't true any more and wait too. The file lies on a tmpfs and is replaced by
-rename, not synced; a failure to write it is logged once and never disturbs the daemon.
+rename, not synced; a failure to write it is logged once and never disturbs the daemon. The state line lies beside it
+as text, for the machine's consoles (`appliance-console.path`), and is written anew only when it changes.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ class Health:
         self._steps = {step: Link(step=step, result=first) for step in _STEPS}
         self._steps[Step.REVERSE] = Link(step=Step.REVERSE, result=StepResult.UNSEEN)
         self._line: tuple[str, str, str, tuple[str, ...]] = ("", "", "", ())
+        self._on_console = ""
         self._written: object = None
         self._written_at = float("-inf")
         self._is_failing = False
@@ -91,12 +93,30 @@ class Health:
                 self._since = self._clock.now()
             self._line = line
             self._write()
+            self._show()
 
     def chain(self, subject: str) -> Chain:
         """Returns this side's chain with its verdict."""
         with self._lock:
             steps = list(self._steps.values())
         return Chain(subject=subject, side=self._side, steps=steps, verdict=verdict(steps))
+
+    def _show(self) -> None:
+        """Writes the line for the consoles: mode, state, reason, and every address that leads here."""
+        from appliance.runtime import host  # whoever only reads this file needs no figures of the host
+
+        mode, state, reason, known = self._line
+        where = ", ".join(dict.fromkeys([*host.addresses(), *known])) or "no address yet"
+        text = f"appliance: {mode} {state}: {reason} [{where}]"
+        if text == self._on_console:
+            return
+        draft = self._path.with_name(f".console.{os.getpid()}")
+        try:
+            draft.write_text(text + "\n", encoding="utf-8")
+            draft.replace(self._path.with_name("console"))
+        except OSError:
+            return  # health.json, beside it, told that already
+        self._on_console = text
 
     def _write(self) -> None:
         content = (self._line, [(link.step, link.result, link.text, link.code) for link in self._steps.values()])

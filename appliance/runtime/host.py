@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from socket import AF_INET, AF_INET6
 from typing import NamedTuple
 
 import psutil
@@ -80,6 +81,17 @@ def facts(*, root: Path = Path("/"), image_digest: str = "") -> InstanceFacts:
         boot_id=_read_fact(root / "proc/sys/kernel/random/boot_id").lower(),
         image_digest=image_digest,
     )
+
+
+def addresses() -> list[str]:
+    """Returns this machine's addresses but those of the loopback and of the link alone, IPv4 first."""
+    found: set[str] = set()
+    for name, entries in psutil.net_if_addrs().items():
+        found.update(entry.address for entry in entries if name != "lo" and entry.family in {AF_INET, AF_INET6})
+    return sorted(
+        (text for text in found if "%" not in text and not text.startswith("fe80:")),
+        key=lambda text: (":" in text, text),
+    )[:MAX_OF_A_KIND]
 
 
 def boot_time() -> float:

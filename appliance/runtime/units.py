@@ -17,20 +17,24 @@ from pathlib import Path
 from appliance.errors import ModeError
 from appliance.paths import Paths
 from appliance.protocol.address import format_endpoint, parse_endpoint
+from appliance.protocol.seed import IMAGE_DIRECTORY
 from appliance.runtime import child
 from appliance.runtime.mode import STOP_TIMEOUT_S, BareMachine, Mode, stop_holder
 from appliance.settings import Settings
 from appliance.storage.atomic import make_dir, write_atomic
 
 SYSUSERS = "appliance.sysusers"
+CONSOLE = "appliance-console.path"
+"""Shows the daemon's state line; starts the service of its name."""
 UNITS: Mapping[Mode, tuple[str, ...]] = {
     Mode.CONTROLLER: (
         "appliance-gateway.socket",
         "appliance-enroll.socket",
         "appliance-reverse.socket",
         "appliance-controller.service",
+        CONSOLE,
     ),
-    Mode.SE: ("appliance-se.service",),
+    Mode.SE: ("appliance-se.service", CONSOLE),
     Mode.NONE: (),
 }
 _SYSTEMCTL_TIMEOUT_S = 120.0
@@ -74,6 +78,7 @@ class SystemdMachine:
         units: file name to text, as shipped.
         progress: is told what goes on.
         etc: where the administrator's units lie.
+        shipped: where an image's own units lie.
     """
 
     def __init__(
@@ -84,17 +89,21 @@ class SystemdMachine:
         units: Mapping[str, str],
         progress: Callable[[str], None],
         etc: Path = Path("/etc"),
+        shipped: Path = Path("/usr/lib/systemd/system"),
     ) -> None:
         self._paths = paths
         self._settings = settings
         self._units = units
         self._progress = progress
         self._unit_directory = etc / "systemd/system"
+        self._shipped = shipped
         self._sysusers = etc / "sysusers.d/appliance.conf"
 
     def stop(self) -> list[str]:
         """Disables and stops the units of all roles, and a daemon that was started by hand."""
-        installed = [unit for units in UNITS.values() for unit in units if (self._unit_directory / unit).exists()]
+        known = dict.fromkeys(unit for units in UNITS.values() for unit in units)
+        places = (self._unit_directory, self._shipped)
+        installed = [unit for unit in known if any((place / unit).exists() for place in places)]
         if installed:
             self._progress("systemd drains and stops the running role")
             # The sockets too: the next SE's call would start the service again.
@@ -109,8 +118,10 @@ class SystemdMachine:
         self._make_users()
         user = self._settings.users.controller if role is Mode.CONTROLLER else self._settings.users.se
         directory = self._paths.controller_state if role is Mode.CONTROLLER else self._paths.se_state
-        self._give(directory, user)
-        for unit in UNITS[role]:
+        give(self._paths, directory, user)
+        if role is Mode.SE and (seed := self._paths.root / IMAGE_DIRECTORY).is_dir():
+            give(self._paths, seed, user)  # its daemon destroys the image key there
+        for unit in (*UNITS[role], CONSOLE.replace(".path", ".service")):
             self._install(self._unit_directory / unit, unit)
         self._systemctl("daemon-reload")
         self._progress(f"systemd starts the role {role}")
@@ -126,29 +137,35 @@ class SystemdMachine:
         text = render(name, self._units[name], settings=self._settings, command=child.self_command())
         write_atomic(path, text.encode(), mode=0o644)
 
-    def _give(self, directory: Path, user: str) -> None:
-        """Makes the role's directory and lock belong to its user, also what root made there (`controller init`)."""
-        try:
-            entry = pwd.getpwnam(user)
-        except KeyError:
-            raise ModeError(
-                f"there is no user {user!r} on this machine",
-                hint=f"`systemd-sysusers {self._sysusers}` should have made it; see the setting in [users]",
-                code="MODE-007",
-            ) from None
-        make_dir(directory, mode=0o700)
-        for _, _, files, descriptor in os.fwalk(directory):
-            os.fchown(descriptor, entry.pw_uid, entry.pw_gid)
-            for name in files:
-                _give_file(name, descriptor, entry)
-        lock = os.open(self._paths.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            os.fchown(lock, entry.pw_uid, entry.pw_gid)
-        finally:
-            os.close(lock)
-
     def _systemctl(self, *arguments: str) -> None:
         child.run(["systemctl", "--no-ask-password", *arguments], timeout_s=_SYSTEMCTL_TIMEOUT_S)
+
+
+def give(paths: Paths, directory: Path, user: str) -> None:
+    """Makes a role's directory and lock belong to its user, also what root made there (`controller init`).
+
+    Raises:
+        ModeError: there is no such user.
+        StorageError: the directory can't be made.
+    """
+    try:
+        entry = pwd.getpwnam(user)
+    except KeyError:
+        raise ModeError(
+            f"there is no user {user!r} on this machine",
+            hint=f"`systemd-sysusers` makes it of {SYSUSERS}; see the setting in [users]",
+            code="MODE-007",
+        ) from None
+    make_dir(directory, mode=0o700)
+    for _, _, files, descriptor in os.fwalk(directory):
+        os.fchown(descriptor, entry.pw_uid, entry.pw_gid)
+        for name in files:
+            _give_file(name, descriptor, entry)
+    lock = os.open(paths.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        os.fchown(lock, entry.pw_uid, entry.pw_gid)
+    finally:
+        os.close(lock)
 
 
 def _give_file(name: str, directory: int, entry: pwd.struct_passwd) -> None:

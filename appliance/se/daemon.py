@@ -197,13 +197,18 @@ def _link(
             witness=witness,
             facts=partial(host.facts, image_digest=record.image_id),
             host_keys=partial(identity.host_keys, paths),
-            spent=partial(state.scrub_image_key, paths),
+            spent=spent,
             telemetry=telemetry,
             spool=spool,
             tell=refresh.tell,
             settings=settings.se,
             clock=clock,
         )
+
+    def spent() -> None:
+        told, grant = state.scrub_image_key(paths), state.require().grant
+        if told and grant is not None:
+            health.step(Step.STORED, StepResult.OK, f"enrolled as SE number {grant.number}; {', '.join(told)}")
 
     def on_change() -> None:
         states = links.states()

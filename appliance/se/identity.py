@@ -23,15 +23,15 @@ from appliance.errors import ApplianceError, DocumentBrokenError, StateMachineEr
 from appliance.paths import Paths
 from appliance.pki.identity import Identity
 from appliance.pki.ssh_keys import parse_public
+from appliance.protocol import seed as protocol
 from appliance.protocol import strict_json
 from appliance.protocol.enroll import Grant
-from appliance.protocol.seed import IMAGE_KEY_FILE
 from appliance.protocol.trust import Envelope, Receipt
 from appliance.runtime import log
 from appliance.storage.atomic import make_dir, read_limited, remove_durably, set_aside, write_atomic
 from appliance.storage.document import Document
 
-IMAGE_DIRECTORY = Path("etc/appliance/seed")
+IMAGE_DIRECTORY = Path(protocol.IMAGE_DIRECTORY)
 """Below the root: where an image carries its seed."""
 
 _MAX_KEY_BYTES = 16 * 1024
@@ -251,18 +251,25 @@ class SeState:
         """Stores this SE's own copy: the disk it came from may be gone at the next boot. Raises `StorageError`."""
         write_atomic(self.image_key_path, key.pkcs8().reveal(), mode=0o600)
 
-    def scrub_image_key(self, paths: Paths) -> None:
+    def scrub_image_key(self, paths: Paths) -> list[str]:
         """Destroys the copies of the image key: this SE's own and the image's, not that of a seed named by a setting.
 
         Hygiene, no input to a decision: a failure is told and passed over.
+
+        Returns:
+            What became of each copy that was there, a clause each.
         """
-        for path in (self.image_key_path, paths.root / IMAGE_DIRECTORY / IMAGE_KEY_FILE):
+        told = []
+        for path in (self.image_key_path, paths.root / IMAGE_DIRECTORY / protocol.IMAGE_KEY_FILE):
             try:
                 if path.exists():
                     remove_durably(path, scrub=True)
                     self._log.info("the image key is spent; its copy %s was destroyed", path)
+                    told.append(f"image key {path} destroyed")
             except (ApplianceError, OSError) as error:
                 self._log.warning("the spent image key %s could not be destroyed: %s", path, error)
+                told.append(f"image key {path} NOT destroyed: {error}")
+        return told
 
     def _tell(self, error: DocumentBrokenError) -> None:
         self.set_aside.append(error.message)

@@ -5,8 +5,9 @@ Two kinds of source, looked at in this order:
     image     what was given on the console (`se.given`), setting `se.seed` (directory or ISO), then
               `etc/appliance/seed` below the root: the first that holds a trust document is *the* seed; root, trust
               document, image key and cluster id come from it alone
-    per VM    every other one, and disks labelled `cidata` where the setting is empty: they may add addresses, a token
-              and hints, never an anchor (FACTS, trap 3: a disk attached later must not replace whom the image trusts)
+    per VM    every other one, disks labelled `cidata` where the setting is empty, and what first boot heard as root
+              (`etc/appliance/wishes`): they may add addresses, a token and hints, never an anchor (FACTS, trap 3: a
+              disk attached later must not replace whom the image trusts)
 
 What a per-VM source gets wrong is left out and told in `notes`; what the image gets wrong is an error. Files are read
 with a limit each; nothing is written here.
@@ -76,6 +77,9 @@ class _Directory:
     def __init__(self, path: Path) -> None:
         self.source = str(path)
         self._path = path
+
+    def has_seed(self) -> bool:
+        return (self._path / protocol.SEED_FILE).exists()
 
     def read(self, name: str, *, max_bytes: int) -> bytes | None:
         try:
@@ -182,6 +186,8 @@ def load(paths: Paths, *, setting: str, given: Mapping[str, bytes] | None = None
             local.append(files)
     if not setting:
         local += _disks(paths, notes)
+    if (wishes := _Directory(paths.root / protocol.WISHES_DIRECTORY)).has_seed():
+        local.append(wishes)
     # The last one's word counts, and that of a person at the console counts most.
     local.sort(key=lambda files: files in told)
     if anchored is None:

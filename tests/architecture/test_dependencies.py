@@ -26,8 +26,9 @@ MAY_IMPORT: Mapping[str, set[str]] = {
     | {"appliance.protocol", "appliance.paths", "appliance.settings", "appliance.storage"},
     "appliance.se": ROLE,
     "appliance.controller": ROLE,
+    "appliance.machine": ROLE,
     "appliance.lab": ROLE | {"appliance.se", "appliance.controller"},
-    "appliance.cli": ROLE | {"appliance.se", "appliance.controller", "appliance.lab"},
+    "appliance.cli": ROLE | {"appliance.se", "appliance.controller", "appliance.lab", "appliance.machine"},
     "appliance.__main__": {"appliance.cli"},
     "image_builder": BELOW_ALL | {"appliance.protocol", "appliance.pki", "appliance.runtime.child"},
 }
@@ -41,6 +42,7 @@ WHY: Mapping[str, str] = {
     "appliance.runtime": "runtime keeps daemons alive, whichever they are; what it must know of them is an argument",
     "appliance.se": "the two roles meet on the wire alone; put the shape of what they say into protocol",
     "appliance.controller": "the two roles meet on the wire alone; put the shape of what they say into protocol",
+    "appliance.machine": "what runs once as root hands files to the roles, and knows none of them",
     "appliance.lab": "only the command line stands above the lab",
     "image_builder": "image-builder runs in pipelines without the daemons; what both need belongs into protocol or pki",
 }

@@ -82,7 +82,21 @@ def test_what_is_written_is_read(health: Health, tmp_path: Path, clock: Hands) -
     assert (found.addresses, found.pid) == (["127.1.0.1"], os.getpid())
     assert (found.started_at, found.since, found.written_at) == (1000.0, 1000.0, 1005.0)
     assert found.steps[0].at == 1005.0
-    assert [file.name for file in tmp_path.iterdir()] == ["health.json"]
+    assert {file.name for file in tmp_path.iterdir()} == {"health.json", "console"}
+
+
+def test_the_line_for_the_console_changes_with_what_it_says_alone(health: Health, tmp_path: Path) -> None:
+    console = tmp_path / "console"
+    health.line("se", "ENROLLING", "an operator must approve this SE; its key is SHA256:abc", ["127.1.0.1"])
+    text = console.read_text()
+    assert text.startswith("appliance: se ENROLLING: an operator must approve this SE; its key is SHA256:abc [")
+    assert text.endswith("127.1.0.1]\n")
+    first = console.stat().st_ino
+    health.line("se", "ENROLLING", "an operator must approve this SE; its key is SHA256:abc", ["127.1.0.1"])
+    health.step(Step.BOOT, StepResult.OK)
+    assert console.stat().st_ino == first
+    health.line("se", "UP", "node 1 up", ["127.1.0.1"])
+    assert console.read_text().startswith("appliance: se UP: node 1 up [")
 
 
 def test_a_step_of_an_earlier_life_keeps_its_time(health: Health) -> None:

@@ -377,8 +377,9 @@ def test_enabling_makes_users_directories_and_units(paths: Paths, calls: Path) -
     assert calls.read_text().splitlines() == [
         f"systemd-sysusers {paths.root}/etc/sysusers.d/appliance.conf",
         "systemctl --no-ask-password daemon-reload",
-        "systemctl --no-ask-password enable --now appliance-se.service",
+        "systemctl --no-ask-password enable --now appliance-se.service appliance-console.path",
     ]
+    assert (paths.root / "etc/systemd/system/appliance-console.service").exists()
     unit = (paths.root / "etc/systemd/system/appliance-se.service").read_text()
     assert f"User={_ME}\n" in unit
     assert f"ExecStart={sys.executable} -m appliance run" in unit
@@ -394,8 +395,30 @@ def test_leaving_disables_the_sockets_too(paths: Paths, calls: Path) -> None:
     change(paths, Mode.NONE, machine)
     assert calls.read_text() == (
         "systemctl --no-ask-password disable --now appliance-gateway.socket appliance-enroll.socket "
-        "appliance-reverse.socket appliance-controller.service\n"
+        "appliance-reverse.socket appliance-controller.service appliance-console.path\n"
     )
+
+
+def test_leaving_disables_what_an_image_has_enabled_too(paths: Paths, calls: Path) -> None:
+    """First boot of our own system writes no unit: the image's own is enabled."""
+    shipped = paths.root / "shipped"
+    shipped.mkdir()
+    (shipped / "appliance-se.service").write_text("")
+    machine = units.SystemdMachine(
+        paths, _SETTINGS, units={}, progress=lambda _: None, etc=paths.root / "etc", shipped=shipped
+    )
+    machine.stop()
+    assert calls.read_text() == "systemctl --no-ask-password disable --now appliance-se.service\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_the_images_seed_is_given_to_the_se_who_destroys_its_key(paths: Paths, calls: Path) -> None:
+    seed = paths.root / "etc/appliance/seed"
+    seed.mkdir(parents=True, mode=0o700)
+    (seed / "image-key.pem").write_text("x")
+    change(paths, Mode.SE, systemd_machine(paths, Settings(users=Users(se="nobody", controller="other"))))
+    nobody = pwd.getpwnam("nobody").pw_uid
+    assert [place.stat().st_uid for place in (seed, seed / "image-key.pem")] == [nobody, nobody]
 
 
 def test_a_missing_user_is_told(paths: Paths, calls: Path) -> None:
@@ -434,7 +457,8 @@ def test_what_root_made_is_given_to_the_role_s_user_but_nothing_beyond(paths: Pa
 
 def test_units_follow_the_settings() -> None:
     shipped = shipped_units()
-    assert set(shipped) == {unit for names in units.UNITS.values() for unit in names} | {units.SYSUSERS}
+    of_roles = {unit for names in units.UNITS.values() for unit in names}
+    assert set(shipped) == of_roles | {units.SYSUSERS, "appliance-console.service", "appliance-first-boot.service"}
 
     def render(name: str) -> str:
         return units.render(name, shipped[name], settings=_SETTINGS, command=["/opt/my app/100%$x"])

@@ -176,8 +176,8 @@ def _analyze(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_units_are_valid(runnable: Path) -> None:
-    units = sorted(str(file) for file in runnable.iterdir() if file.suffix in {".service", ".socket"})
-    assert len(units) == 5
+    units = sorted(str(file) for file in runnable.iterdir() if file.suffix in {".service", ".socket", ".path"})
+    assert len(units) == 8
     done = _analyze("verify", *units, cwd=runnable)
     assert (done.returncode, done.stderr.strip()) == (0, "")
 

@@ -190,7 +190,7 @@ def _make_disk(
         files.append(
             SeedFile(agent_files.DESCRIPTION_FILE, agent_files.describe(agent, system_keys=system.keys), 0o644)
         )
-    label = protocol.OWN_LABEL if system.layout.own is not None and recipe.role == "se" else protocol.ISO_LABEL
+    label = protocol.OWN_LABEL if system.layout.own is not None else protocol.ISO_LABEL
     image_id = _image_id(baked, recipe)
     with steps.step("make the seed partition"):
         image = work.with_name("seed.fat")

@@ -63,13 +63,14 @@ def files(wishes: cloud.CloudWishes, cluster: Cluster, *, target: cloud.Target, 
         wishes: checked before.
         cluster: checked before.
         target: what kind of disk it is for.
-        hostname: empty takes a default.
+        hostname: empty leaves it alone.
     """
     user = cloud.user_data(wishes, target=target, hostname=hostname, mode="", last=commands(cluster))
     network = cloud.network_config(wishes.network, target=target)
     name = hashlib.sha256(user + (network or b"")).hexdigest()[:16]
-    meta = f"instance-id: controller-{name}\nlocal-hostname: {hostname or 'appliance-controller'}\n".encode()
-    found = [SeedFile(protocol.USER_DATA_FILE, user, 0o644), SeedFile(protocol.META_DATA_FILE, meta, 0o644)]
+    # No name unless it was wished: the image's own would go over that of an operator's disk.
+    meta = f"instance-id: controller-{name}\n" + (f"local-hostname: {hostname}\n" if hostname else "")
+    found = [SeedFile(protocol.USER_DATA_FILE, user, 0o644), SeedFile(protocol.META_DATA_FILE, meta.encode(), 0o644)]
     if network is not None:
         found.append(SeedFile(protocol.NETWORK_CONFIG_FILE, network, 0o644))
     return found

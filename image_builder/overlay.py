@@ -26,8 +26,11 @@ from image_builder.agent import Agent
 Role = Literal["se", "controller"]
 
 FIRST_BOOT_UNIT = "appliance-first-boot.service"
-ENABLED = {FIRST_BOOT_UNIT, "appliance-se.service", "appliance-console.path"}
-"""On an SE. Its daemon's unit waits for the mode, which first boot sets."""
+ENABLED: dict[Role, set[str]] = {
+    "se": {FIRST_BOOT_UNIT, "appliance-se.service", "appliance-console.path"},
+    "controller": {FIRST_BOOT_UNIT},
+}
+"""An SE's daemon waits for the mode, which first boot sets; a controller's is enabled by `appliance mode set`."""
 DESCRIPTION_FILE = "appliance-image.json"
 EXEMPT_SINCE = (9, 8)
 """OpenSSH that punishes sources, and knows PerSourcePenaltyExemptList."""
@@ -159,7 +162,7 @@ def places(role: Role, *, root_guid: str, openssh: tuple[int, int], units: dict[
             found.append(Place(path="usr/lib/sysusers.d/appliance.conf", text=text))
             continue
         found.append(Place(path=f"usr/lib/systemd/system/{name}", text=text))
-        if name in ENABLED and role == "se":
+        if name in ENABLED[role]:
             found += _enabling(name, text)
     return found
 

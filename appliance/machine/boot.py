@@ -42,6 +42,7 @@ def run(paths: Paths, settings: Settings) -> None:
         ApplianceError: the first step that failed; all of them are logged and said on the console.
     """
     disk = root_disk()
+    of_image = role.of_image(paths)
     boot = FirstBoot(
         paths,
         disk=disk,
@@ -49,17 +50,18 @@ def run(paths: Paths, settings: Settings) -> None:
         owner=role.user_of(settings),
         boot_id=_boot_id(),
         now=int(time.time()),
+        needs_seed=of_image is not mode.Mode.CONTROLLER,
     )
     for step in boot.run():
         host_name = Path("/proc/sys/kernel/hostname").read_text("ascii").strip()
-        _say(_SAID[step].format(source=boot.record.source, name=host_name))
+        _say(_SAID[step].format(source=boot.record.source or "nowhere, none is needed", name=host_name))
     for note in boot.notes:
         _log.warning("%s", note)
         _say(note)
     for step, error in boot.failed.items():
         _say(f"{step.value} failed, it is tried again at the next boot: {error.message} ({error.code})")
     if role.is_due(
-        role=role.of_image(paths),
+        role=of_image,
         is_told=mode.document_of(paths).load() is not None,
         has_hooks=boot.record.has_hooks,
         is_later_boot=boot.record.boot_id not in {"", _boot_id()},

@@ -91,6 +91,7 @@ class FirstBoot:
         owner: user and group of the SE's daemon, who reads the seed; None leaves files to us.
         boot_id: of this boot.
         now: seconds since 1970.
+        needs_seed: False on a controller's image, which may have none.
         set_host_name: tells the kernel.
     """
 
@@ -103,6 +104,7 @@ class FirstBoot:
         owner: tuple[int, int] | None,
         boot_id: str,
         now: int,
+        needs_seed: bool = True,
         set_host_name: Callable[[str], None] = socket.sethostname,
     ) -> None:
         self._paths = paths
@@ -111,6 +113,7 @@ class FirstBoot:
         self._owner = owner
         self._boot_id = boot_id
         self._now = now
+        self._needs_seed = needs_seed
         self._set_host_name = set_host_name
         self._document = Document(paths.first_boot_file, Record)
         self.record = Record()
@@ -162,6 +165,8 @@ class FirstBoot:
         elif (own / protocol.TRUST_FILE).exists():
             files, source = {}, str(own)
             self._give(own)
+        elif not self._needs_seed:
+            return msgspec.structs.replace(self.record, boot_id=self._boot_id)
         else:
             raise SeedError(
                 f"this image has no seed, neither a partition {protocol.OWN_LABEL} nor {own}",

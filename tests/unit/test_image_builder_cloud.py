@@ -81,7 +81,7 @@ def test_a_controllers_files(target: Target) -> None:
         for wishes in (cloud.NO_WISHES, FULL)
     )
     assert [file.name for file in alone] == ["user-data", "meta-data"]
-    assert b"local-hostname: appliance-controller\n" in meta.content
+    assert b"hostname" not in meta.content
     assert alone[1].content != meta.content, "another instance"
     assert values(user.content)["runcmd"][-1] == ["appliance", "mode", "set", "controller"]
     assert network.name == "network-config"

@@ -143,12 +143,13 @@ def place(role: overlay.Role, path: str, *, openssh: tuple[int, int] = (9, 2)) -
 
 UNITS = {
     "appliance-se.service": "[Unit]\n",
+    "appliance-controller.service": "[Install]\nWantedBy=multi-user.target\n",
     "appliance.sysusers": "u aviseuser - x\n",
     overlay.FIRST_BOOT_UNIT: "[Unit]\nDescription=x\n[Install]\nWantedBy=cloud-init.target sysinit.target\n",
 }
 
 
-def test_units_are_installed_and_first_boot_is_enabled_on_an_se() -> None:
+def test_units_are_installed_and_first_boot_is_enabled() -> None:
     se = {one.path: one for one in overlay.places("se", root_guid="x", openssh=(9, 2), units=UNITS)}
     assert se["usr/lib/systemd/system/appliance-se.service"].text == "[Unit]\n"
     assert se["usr/lib/sysusers.d/appliance.conf"].text == "u aviseuser - x\n"
@@ -156,7 +157,8 @@ def test_units_are_installed_and_first_boot_is_enabled_on_an_se() -> None:
         link = se[f"etc/systemd/system/{target}.wants/{overlay.FIRST_BOOT_UNIT}"]
         assert link.link == f"/usr/lib/systemd/system/{overlay.FIRST_BOOT_UNIT}"
     node = overlay.places("controller", root_guid="x", openssh=(9, 2), units=UNITS)
-    assert not any(".wants/" in one.path for one in node)
+    enabled = {one.link for one in node if ".wants/" in one.path}
+    assert enabled == {f"/usr/lib/systemd/system/{overlay.FIRST_BOOT_UNIT}"}, "an operator starts the role"
 
 
 def test_an_se_lets_nobody_in_from_outside_and_no_disk_give_it_user_data() -> None:

@@ -21,6 +21,7 @@ import msgspec
 
 from appliance.errors import ImageError
 from image_builder import agent as agent_files
+from image_builder import kernel_update
 from image_builder.agent import Agent
 
 Role = Literal["se", "controller"]
@@ -32,6 +33,8 @@ ENABLED: dict[Role, set[str]] = {
 }
 """An SE's daemon waits for the mode, which first boot sets; a controller's is enabled by `appliance mode set`."""
 DESCRIPTION_FILE = "appliance-image.json"
+ESP_NAME = "APPLIANCE-ESP"
+"""GPT name of the boot partition."""
 EXEMPT_SINCE = (9, 8)
 """OpenSSH that punishes sources, and knows PerSourcePenaltyExemptList."""
 
@@ -153,10 +156,17 @@ def places(role: Role, *, root_guid: str, openssh: tuple[int, int], units: dict[
             "[Service]\nExecStart=\nExecStart=/usr/lib/systemd/systemd-networkd-wait-online --any --timeout=20\n",
         ),
         Place(
+            path="etc/systemd/resolved.conf.d/10-appliance.conf",
+            text="# Names come from DNS; these would listen on every address.\n[Resolve]\nLLMNR=no\nMulticastDNS=no\n",
+        ),
+        Place(
             path="etc/systemd/journald.conf.d/10-appliance.conf",
             text="[Journal]\nStorage=persistent\nSystemMaxUse=64M\n",
         ),
     ]
+    kernel = kernel_update.script(esp_name=ESP_NAME)
+    found.append(Place(path=kernel_update.SCRIPT_FILE, text=kernel, mode=0o755))
+    found += [Place(path=hook, link=f"/{kernel_update.SCRIPT_FILE}") for hook in kernel_update.HOOKS]
     for name, text in sorted(units.items()):
         if name.endswith(".sysusers"):
             found.append(Place(path="usr/lib/sysusers.d/appliance.conf", text=text))

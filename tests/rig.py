@@ -85,9 +85,10 @@ class RunningController:
     def __init__(
         self, root: Path, *, settings: dict[str, Any] | None = None,
         clock: dict[str, Any] | None = None, services: dict[str, str] | None = None,
-        address: str = "127.0.0.1", seen: tuple[int, int] | None = None, date: str = "now",
+        address: str = "127.0.0.1", seen: tuple[int, int] | None = None, date: str = "now", told: str = "",
     ) -> None:  # fmt: skip
-        """`address` is bound and told to SEs; `seen` are the enroll and SSH ports told to them instead of the own."""
+        """`address` is bound and told to SEs; `told` is told to them instead, and `seen` instead of the own ports for
+        enrolling and SSH."""
         self.root = root
         self.paths = Paths(root)
         self.enroll_port, self.ssh_port = free_ports(2)
@@ -107,7 +108,7 @@ class RunningController:
         self.process: subprocess.Popen[bytes] | None = None
         enroll, ssh = seen or (self.enroll_port, self.ssh_port)
         ports = ("--enroll-port", str(enroll), "--ssh-port", str(ssh))
-        self.command("controller", "init", "--address", address, *ports, "--date", date)
+        self.command("controller", "init", "--address", told or address, *ports, "--date", date)
         self.command("mode", "set", "controller")
 
     def command(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:

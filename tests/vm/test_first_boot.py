@@ -1,0 +1,217 @@
+"""First boot in a real VM: our own system takes its seed, scrubs it, enrolls by itself, and stays who it is.
+
+The controller runs on this machine; the VM reaches nothing but its two ports. What the VM did is read from its disk
+after it was switched off, and asked over its own reverse path while it ran.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from fleet import bake, controller_for_vms, in_vm, network, wait_up
+from qemu import Vm
+from rig import RunningController, until
+
+from appliance.pki.identity import Identity
+
+pytestmark = [pytest.mark.frozen]
+
+GIB = 1 << 30
+
+
+def forms_of_the_image_key(controller: RunningController) -> dict[str, bytes]:
+    """Every form in which it lay on the disk, or could have come to lie there."""
+    pem = controller.bundle.image_key.encode()
+    body = b"".join(pem.splitlines()[1:-1])
+    der = base64.b64decode(body)
+    assert Identity.from_pkcs8(pem).pkcs8().reveal() == pem
+    return {"PEM": pem.strip(), "base64": body, "DER": der, "seed": der[-32:]}
+
+
+def found_on(raw: Path, forms: dict[str, bytes]) -> list[str]:
+    """Which of `forms` are somewhere in a file."""
+    step, overlap = 64 << 20, 4096
+    found: set[str] = set()
+    with raw.open("rb") as stream:
+        before = b""
+        while piece := stream.read(step):
+            window = before + piece
+            found |= {name for name, form in forms.items() if form in window}
+            before = window[-overlap:]
+    return sorted(found)
+
+
+def partitions(raw: Path) -> list[dict[str, object]]:
+    """The table as sfdisk reads it."""
+    told = subprocess.run(["sfdisk", "--json", str(raw)], check=True, capture_output=True, timeout=60).stdout
+    entries: list[dict[str, object]] = json.loads(told)["partitiontable"]["partitions"]
+    return entries
+
+
+def root_of(raw: Path) -> str:
+    """The root file system inside a disk, as e2fsprogs take it."""
+    start = next(one["start"] for one in partitions(raw) if one.get("name") == "APPLIANCE-ROOT")
+    assert isinstance(start, int)
+    return f"{raw}?offset={start * 512}"
+
+
+def read_root(raw: Path, path: str) -> str:
+    """A text file of the VM's root."""
+    done = subprocess.run(["debugfs", "-R", f"cat {path}", root_of(raw)], capture_output=True, timeout=120, check=True)
+    return done.stdout.decode("utf-8", "replace")
+
+
+def journal_of(raw: Path, directory: Path) -> list[dict[str, str]]:
+    """The VM's journal, entry by entry."""
+    where = directory / "journal"
+    where.mkdir()
+    subprocess.run(
+        ["debugfs", "-R", f"rdump /var/log/journal {where}", root_of(raw)], capture_output=True, timeout=300, check=True
+    )
+    files = [str(path) for path in where.rglob("*.journal")]
+    assert files, "the VM kept no journal"
+    words = [word for file in files for word in ("--file", file)]
+    told = subprocess.run(["journalctl", *words, "-o", "json", "--all"], capture_output=True, timeout=300, check=True)
+    return [json.loads(line) for line in told.stdout.splitlines()]
+
+
+def shown(controller: RunningController, directory: Path, se: str, unit: str, *properties: str) -> dict[str, str]:
+    """Properties of a unit, as systemd in the VM tells them."""
+    words = " ".join(f"--property={one}" for one in properties)
+    told = in_vm(controller, directory, se, f"systemctl show {unit} {words}").stdout
+    return dict(line.split("=", 1) for line in told.splitlines())
+
+
+def booted(controller: RunningController, se: str, *, before: str, deadline_s: float) -> None:
+    """Waits until the SE is UP again after another boot."""
+    until(
+        lambda: controller.operator.se(se).facts.boot_id not in {"", before},
+        what=f"{se} said hello after its reboot", deadline_s=deadline_s,
+    )  # fmt: skip
+    wait_up(controller, se)
+
+
+def check_disk(raw: Path, controller: RunningController, directory: Path) -> list[dict[str, str]]:
+    """The image key is nowhere, the seed partition is gone, the root fills the disk. Returns the journal."""
+    assert found_on(raw, forms_of_the_image_key(controller)) == [], "the image key is still on the VM's disk"
+    assert [one.get("name") for one in partitions(raw)] == ["APPLIANCE-ESP", "APPLIANCE-ROOT"]
+    told = subprocess.run(["sgdisk", "--verify", str(raw)], capture_output=True, text=True, timeout=60, check=True)
+    assert "No problems found" in told.stdout, told.stdout
+    told = subprocess.run(["dumpe2fs", "-h", root_of(raw)], capture_output=True, text=True, timeout=60, check=True)
+    counts = {name: int(count) for name, count in re.findall(r"^(Block count|Block size): +(\d+)", told.stdout, re.M)}
+    rest = raw.stat().st_size - counts["Block count"] * counts["Block size"]
+    assert rest < 132 << 20, "the root doesn't fill the disk"
+    record = json.loads(read_root(raw, "/var/lib/appliance/first-boot"))["value"]
+    assert record["done"] == ["take", "wipe", "remove", "grow", "name", "host key"]
+    return journal_of(raw, directory)
+
+
+def check_journal(entries: list[dict[str, str]]) -> None:
+    """Nothing of ours failed, and nothing was denied to it."""
+    texts = [str(entry.get("MESSAGE", "")) for entry in entries]
+    ours = [entry for entry in entries if str(entry.get("_SYSTEMD_UNIT", "")).startswith("appliance")]
+    assert ours
+    denied = [text for text in texts if re.search(r"audit: type=1326|seccomp|Failed at step|status=31/SYS", text)]
+    assert denied == []
+    said = [str(entry.get("MESSAGE", "")) for entry in ours]
+    bad = [text for text in said if re.search(r"Operation not permitted|Permission denied|Read-only file|defect", text)]
+    assert bad == []
+
+
+def boot_and_check(tmp_path: Path, *, firmware: str) -> None:
+    """One VM's life: first boot, a kill of its daemon, a reset, and what is on its disk after it."""
+    with controller_for_vms(tmp_path / "controller") as controller:
+        image = bake(tmp_path, controller, "--seed-name", "edge-1", "--disk-size", "3G")
+        before = found_on_image(tmp_path, image, controller)
+        assert before == ["PEM"], "the image key lies on the image as PEM: the search below would find it"
+        began = time.time()
+        with Vm(tmp_path, image, firmware=firmware, network=network(controller)) as vm:  # type: ignore[arg-type]
+            wait_up(controller, "edge-1")
+            up_after_s = time.time() - began
+            console = vm.console()
+            assert re.search(r"appliance: first boot: the seed was taken from partition 3 of /dev/vda", console)
+            vm.wait_for(r"^appliance: se UP: node 1 UP \[.*10\.0\.2\.15.*127\.1\.0\.1\]")
+            detail = controller.operator.se("edge-1")
+            # The VM's own figures, not this machine's.
+            memory = detail.summary.memory_total_bytes
+            assert memory is not None
+            assert 0.85 * GIB < memory < GIB
+            assert detail.summary.uptime_s is not None
+            assert 0 < detail.summary.uptime_s < time.time() - began + 30
+            assert detail.facts.macs == ["52:54:00:12:34:56"]
+            check_units(controller, tmp_path)
+            keys = controller.operator.image_keys()
+            assert [key.uses for key in keys] == [1]
+            first = detail.facts.boot_id
+            host_key = detail.host_keys
+
+            vm.reset()
+            booted(controller, "edge-1", before=first, deadline_s=900)
+            vm.wait_for(r"^appliance: se UP: node 1 UP", count=2)
+            again = controller.operator.se("edge-1")
+            assert [key.uses for key in controller.operator.image_keys()] == [1], "it enrolled a second time"
+            assert (again.summary.number, again.thumbprint, again.host_keys) == (1, detail.thumbprint, host_key)
+            assert again.alarms == []
+            assert len(controller.operator.ses()) == 1
+            assert in_vm(controller, tmp_path, "edge-1", "hostname").stdout == "edge-1\n"
+            vm.power_button()
+            vm.wait_off(deadline_s=300)
+        print(f"UP {up_after_s:.0f} s after the power button, {time.time() - began:.0f} s in all")
+        check_journal(check_disk(vm.raw_disk(), controller, tmp_path))
+
+
+def found_on_image(directory: Path, image: Path, controller: RunningController) -> list[str]:
+    """The control: what a search finds on the image as it was baked."""
+    raw = directory / "control.raw"
+    subprocess.run(["qemu-img", "convert", "-O", "raw", str(image), str(raw)], check=True, timeout=600)
+    try:
+        return found_on(raw, {"PEM": forms_of_the_image_key(controller)["PEM"]})
+    finally:
+        raw.unlink()
+
+
+def check_units(controller: RunningController, directory: Path) -> None:
+    """Type=notify said READY, the watchdog is fed, and a killed daemon comes back and links anew."""
+    wanted = (
+        "Type",
+        "ActiveState",
+        "SubState",
+        "NotifyAccess",
+        "MainPID",
+        "WatchdogUSec",
+        "WatchdogTimestampMonotonic",
+    )
+
+    def told() -> dict[str, str]:
+        return shown(controller, directory, "edge-1", "appliance-se.service", *wanted, "NRestarts")
+
+    first = told()
+    assert (first["Type"], first["ActiveState"], first["SubState"]) == ("notify", "active", "running")
+    assert (first["WatchdogUSec"], first["NRestarts"]) == ("30s", "0")
+    fed = int(first["WatchdogTimestampMonotonic"])
+    assert fed > 0
+    until(lambda: int(told()["WatchdogTimestampMonotonic"]) > fed, what="the watchdog is fed", deadline_s=120)
+    in_vm(controller, directory, "edge-1", f"(sleep 1; kill -9 {first['MainPID']}) >/dev/null 2>&1 </dev/null &")
+
+    def is_back() -> bool:
+        done = in_vm(controller, directory, "edge-1", "systemctl show appliance-se.service -P NRestarts", check=False)
+        return done.stdout.strip() == "1"
+
+    until(is_back, what="the daemon was started again", deadline_s=300)
+    wait_up(controller, "edge-1")
+    assert told()["MainPID"] != first["MainPID"]
+
+
+def test_an_image_boots_by_uefi_enrolls_and_stays_who_it_is(tmp_path: Path) -> None:
+    boot_and_check(tmp_path, firmware="uefi")
+
+
+@pytest.mark.slow
+def test_an_image_boots_by_bios_enrolls_and_stays_who_it_is(tmp_path: Path) -> None:
+    boot_and_check(tmp_path, firmware="bios")

@@ -1,7 +1,8 @@
 """Puts our own minimal system onto a disk that starts by BIOS and by UEFI, without loop device, mount or root.
 
     LBA 0             code of a boot loader for BIOS (syslinux' gptmbr), which starts the partition marked for it
-    1  APPLIANCE-ESP  FAT32: kernel, initrd, systemd-boot for UEFI, syslinux for BIOS, appliance-image.json
+    1  APPLIANCE-ESP  FAT32: kernel and initrd (`kernel_update` brings later ones), systemd-boot for UEFI, syslinux for
+                      BIOS, appliance-image.json
     2  APPLIANCE-ROOT ext4, the last one, so that it can grow
 
 Every byte follows from the tree, the overlay and the epoch: UUIDs are derived, and e2fsprogs before 1.47.1, which dates
@@ -22,10 +23,9 @@ from appliance.errors import ImageError
 from appliance.runtime import child
 from image_builder import debian, fat, partition
 from image_builder.fat import MIB
-from image_builder.overlay import DESCRIPTION_FILE, Role
+from image_builder.overlay import DESCRIPTION_FILE, ESP_NAME, Role
 from image_builder.steps import Steps
 
-ESP_NAME = "APPLIANCE-ESP"
 ROOT_NAME = "APPLIANCE-ROOT"
 ESP_BYTES = 128 * MIB
 DEFAULT_BYTES = 2048 * MIB
@@ -211,18 +211,19 @@ def _boot_partition(work: Path, tree: Path, description: bytes, *, role: Role, g
             raise ImageError(f"the system that was installed has {len(kernels)} kernels, one expected")
         release = kernels[0].removeprefix("./boot/vmlinuz-")
         contents = {
-            "vmlinuz": debian.member(packages, f"boot/vmlinuz-{release}"),
-            "initrd.img": debian.member(packages, f"boot/initrd.img-{release}"),
+            f"vmlinuz-{release}": debian.member(packages, f"boot/vmlinuz-{release}"),
+            f"initrd.img-{release}": debian.member(packages, f"boot/initrd.img-{release}"),
             "EFI/BOOT/BOOTX64.EFI": debian.member(packages, "usr/lib/systemd/boot/efi/systemd-bootx64.efi"),
         }
     contents |= {
         "loader/loader.conf": b"default appliance.conf\ntimeout 0\neditor no\n",
         "loader/entries/appliance.conf": (
-            f"title Appliance {role}\nversion {release}\nlinux /vmlinuz\ninitrd /initrd.img\noptions {options}\n"
+            f"title Appliance {role}\nversion {release}\n"
+            f"linux /vmlinuz-{release}\ninitrd /initrd.img-{release}\noptions {options}\n"
         ).encode(),
         "syslinux.cfg": (
             "SERIAL 0 115200\nDEFAULT appliance\nPROMPT 0\nNOESCAPE 1\n"
-            f"LABEL appliance\n  LINUX /vmlinuz\n  INITRD /initrd.img\n  APPEND {options}\n"
+            f"LABEL appliance\n  LINUX /vmlinuz-{release}\n  INITRD /initrd.img-{release}\n  APPEND {options}\n"
         ).encode(),
         DESCRIPTION_FILE: description,
     }

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 import signal
 import sys
-import time
-from pathlib import Path
 
 import click
 
 from appliance import __version__
 from appliance.errors import ApplianceError
-from appliance.protocol.seed import MAX_BUNDLE_BYTES
 
 
 class _Commands(click.Group):
@@ -22,7 +16,7 @@ class _Commands(click.Group):
 
     def list_commands(self, context: click.Context) -> list[str]:
         """All names, in the order of an image's life."""
-        return ["base", "build", "verify", *super().list_commands(context)]
+        return ["base", "build", "verify", "seed", *super().list_commands(context)]
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         """Finds a command by name."""
@@ -30,6 +24,10 @@ class _Commands(click.Group):
             from image_builder import cli_images
 
             return {"base": cli_images.base, "build": cli_images.build, "verify": cli_images.verify}[name]
+        if name == "seed":
+            from image_builder.cli_seed import seed
+
+            return seed
         return super().get_command(context, name)
 
 
@@ -37,91 +35,6 @@ class _Commands(click.Group):
 @click.version_option(__version__, prog_name="image-builder")
 def cli() -> None:
     """Bakes what service engines and controllers start from."""
-
-
-@cli.command()
-@click.option("--bundle", type=click.Path(path_type=Path), required=True, help="Trust bundle of the controller.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder to make (0700), in NoCloud form.")
-@click.option("--iso", type=click.Path(path_type=Path), help="ISO 9660 image to make (0600), label CIDATA.")
-@click.option(
-    "--controller", "controllers", multiple=True, metavar="HOST:PORT", help="Instead of the bundle's addresses."
-)
-@click.option("--name", default="", help="Name the SE asks for.")
-@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Label of the SE.")
-@click.option("--hostname", default="", help="Host name of the VM.  [default: from --name]")
-@click.option(
-    "--baked-at",
-    envvar="SOURCE_DATE_EPOCH",
-    show_envvar=True,
-    metavar="SECONDS",
-    help="Seconds since 1970: dates every file, and is the floor under the VM's clock.  [default: now]",
-)
-@click.option("--json", "as_json", is_flag=True, help="Tell the result as JSON.")
-def seed(
-    *,
-    bundle: Path,
-    out: Path | None,
-    iso: Path | None,
-    controllers: tuple[str, ...],
-    name: str,
-    labels: tuple[str, ...],
-    hostname: str,
-    baked_at: str | None,
-    as_json: bool,
-) -> None:
-    """Bakes a seed: root CA, trust document, image key, addresses and hints, as a folder, an ISO, or both.
-
-    The same inputs and --baked-at give the same bytes. No private key but the bundle's image key goes in.
-    """
-    from image_builder import iso as iso_image
-    from image_builder import output
-    from image_builder.seed import Wishes, bake
-
-    now = int(time.time())
-    problems = [problem for target in (out, iso) if target is not None for problem in output.check_target(target)]
-    if out is None and iso is None:
-        problems.append("no output: --out FOLDER, --iso FILE or both expected")
-    if out is not None and iso is not None and out.absolute() == iso.absolute():
-        problems.append(f"--out and --iso are both {out}")
-    raw: bytes | None = None
-    try:
-        with bundle.open("rb") as stream:
-            raw = stream.read(MAX_BUNDLE_BYTES + 1)
-    except OSError as error:
-        problems.append(f"the bundle {bundle} can't be read: {error.strerror}")
-    if baked_at is not None and not re.fullmatch(r"[0-9]{1,12}", baked_at):
-        problems.append(f"baked_at {baked_at!r}: whole seconds since 1970 expected")
-        baked_at = None
-    baked = bake(
-        raw,
-        Wishes(controllers=controllers, name=name, labels=labels, hostname=hostname),
-        baked_at=now if baked_at is None else int(baked_at),
-        now=now,
-        problems=problems,
-    )
-    image = iso_image.render(baked.files, at=baked.seed.baked_at) if iso is not None else b""
-    output.place(baked.files, directory=out, iso=iso, iso_content=image)
-    if as_json:
-        told = {
-            "image_id": baked.seed.image_id,
-            "cluster_id": baked.seed.cluster_id,
-            "image_key_id": baked.seed.image_key_id,
-            "baked_at": baked.seed.baked_at,
-            "controllers": baked.seed.controllers,
-            "hostname": baked.hostname,
-            "directory": str(out.absolute()) if out else "",
-            "iso": str(iso.absolute()) if iso else "",
-            "iso_sha256": hashlib.sha256(image).hexdigest() if iso else "",
-            "files": [file.name for file in baked.files],
-        }
-        click.echo(json.dumps(told, indent=2))
-        return
-    for target in (out, iso):
-        if target is not None:
-            click.echo(
-                f"{target}: seed {baked.seed.image_id} of cluster {baked.seed.cluster_id},"
-                f" image key {baked.seed.image_key_id}, controllers {', '.join(baked.seed.controllers)}"
-            )
 
 
 def _stop(*_: object) -> None:

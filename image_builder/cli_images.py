@@ -6,7 +6,6 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from image_builder import agent as agent_files
 from image_builder import boot_disk, minimal, recipe, steps
 from image_builder import build as baking
 from image_builder import verify as verifying
+from image_builder.cli_fields import given_values, recipe_options
 from image_builder.output import check_target
 from image_builder.steps import Steps
 
@@ -122,31 +122,9 @@ def _sha256(path: Path) -> str:
     return disk.sha256_of(path)
 
 
-def _recipe_options(function: Callable[..., None]) -> Callable[..., None]:
-    for field in reversed(recipe.FIELDS):
-        kind: Any = str
-        if field.kind == "whole":
-            kind = int
-        elif field.choices:
-            kind = click.Choice(field.choices)
-        many = field.kind in {"texts", "paths"}
-        name = field.name.replace(".", "__")
-        if field.kind == "yes":
-            option = click.option(field.flag, name, is_flag=True, default=None, help=field.help)
-        else:
-            option = click.option(field.flag, name, type=kind, multiple=many, default=None, help=field.help)
-        function = option(function)
-    return function
-
-
 def _read_recipe(path: Path | None, given: dict[str, Any], problems: list[str]) -> recipe.Recipe:
     values = recipe.read_file(path, problems) if path is not None else {}
-    # click gives () for a repeated option that wasn't there
-    values |= {
-        name.replace("__", "."): list(value) if isinstance(value, tuple) else value
-        for name, value in given.items()
-        if value is not None and value != ()
-    }
+    values |= given_values(given)
     epoch = os.environ.get("SOURCE_DATE_EPOCH", "")
     if "baked_at" not in values and epoch:
         if epoch.isascii() and epoch.isdigit():
@@ -158,7 +136,7 @@ def _read_recipe(path: Path | None, given: dict[str, Any], problems: list[str]) 
 
 @click.command()
 @click.argument("recipe_file", metavar="[RECIPE.toml]", required=False, type=click.Path(path_type=Path))
-@_recipe_options
+@recipe_options(recipe.FIELDS)
 @_cache_option
 @_fresh_option
 @_json_option

@@ -26,7 +26,7 @@ from appliance.protocol import seed as protocol
 from appliance.runtime import child
 from image_builder import boot_disk, fat, minimal, partition
 from image_builder.fat import MIB
-from image_builder.overlay import DESCRIPTION_FILE
+from image_builder.overlay import DESCRIPTION_FILE, ESP_NAME
 from image_builder.partition import Table
 from image_builder.seed import SeedFile
 from image_builder.steps import Steps
@@ -190,7 +190,7 @@ def layout_of(disk: Path, *, name: str, size_bytes: int, scratch: Path, form: st
     skeleton_of(disk, skeleton, size_bytes=size_bytes, form=form)
     table = partition.read(skeleton, name=name, sectors=size_bytes // _SECTOR)
     skeleton.unlink()
-    esp = table.named(boot_disk.ESP_NAME)
+    esp = table.named(ESP_NAME)
     if esp is None or table.named(boot_disk.ROOT_NAME) is None:
         return Layout(table=table, own=None)
     piece = scratch / "esp"

@@ -19,7 +19,7 @@ from image_builder.agent import Agent
 from image_builder.disk import Layout, Source
 from image_builder.fat import MIB
 from image_builder.recipe import Recipe, refusal
-from image_builder.seed import BakedSeed, bake, check_wishes
+from image_builder.seed import BakedSeed, bake, check_named, check_wishes
 from image_builder.steps import Steps
 
 
@@ -207,14 +207,7 @@ def _read_bundle(recipe: Recipe, problems: list[str]) -> bytes | None:
     except OSError as error:
         problems.append(f"the bundle {recipe.bundle} can't be read: {error.strerror}")
         return None
-    try:
-        bundle = msgspec.json.decode(raw, type=protocol.Bundle)
-    except strict_json.UNDECODABLE:
-        return raw  # baking tells what is wrong with it
-    if recipe.cluster and bundle.cluster_id != recipe.cluster:
-        problems.append(f"the bundle is of cluster {bundle.cluster_id!r}, the recipe is for {recipe.cluster!r}")
-    if recipe.key_id and bundle.image_key_id != recipe.key_id:
-        problems.append(f"the bundle holds the image key {bundle.image_key_id}, image_key.id is {recipe.key_id!r}")
+    problems += check_named(raw, cluster=recipe.cluster, key_id=recipe.key_id)
     return raw
 
 

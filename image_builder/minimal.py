@@ -31,8 +31,8 @@ from image_builder.output import Draft, publish
 from image_builder.overlay import Role
 from image_builder.steps import Steps
 
-TREE_FORM = 1
-SYSTEM_FORM = 4
+TREE_FORM = 2
+SYSTEM_FORM = 5
 """Raised when the same inputs make another tree or disk than before."""
 DEFAULT_EPOCH = 1_700_000_000
 KEPT = 3
@@ -120,6 +120,7 @@ def make(
     finished = cache / f"system-{key}.qcow2"
     if finished.exists() and not fresh:
         steps.note(f"the system comes from the cache, {finished}")
+        finished.touch()  # what is in use is the last to go
         return System(path=finished, description=_read_description(finished))
     problems = boot_disk.missing_tools()
     if problems:

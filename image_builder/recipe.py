@@ -9,6 +9,7 @@ A field is named `section.field`, as in the file, or `--section-field`, on the c
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import re
 import tomllib
@@ -18,7 +19,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from appliance.errors import SeedError
+from appliance.errors import SeedError, UsageError
+from appliance.protocol import token as tokens
+from appliance.protocol.enroll import Policy
 from image_builder.cloud import CloudWishes, Hook, Network
 from image_builder.controller import Cluster
 from image_builder.controller import check as check_cluster
@@ -31,6 +34,7 @@ OWN_BASE = "minimal"
 FORMATS = ("qcow2", "raw", "ova", "iso")
 MAX_RECIPE_BYTES = 256 * 1024
 MAX_HOOK_FILE_BYTES = 64 * 1024
+MAX_TOKEN_FILE_CHARS = 1024
 
 _SIZE = re.compile(r"([1-9][0-9]{0,6})\s*([MGT])(i?B?)")
 _NAME = re.compile(r"[^/\0\n\r\t]{1,80}")
@@ -67,6 +71,7 @@ FIELDS = (
     Field("controllers", "texts", "HOST[:PORT] instead of the bundle's; A,B gives a node a second address."),
     Field("seed_name", "text", "Name the SE asks for."),
     Field("labels", "texts", "KEY=VALUE, label of the SE."),
+    Field("token", "text", "Token that lets one VM in, or a file with it; where the image key's policy asks for one."),
     Field("hostname", "text", "Host name of the VM.  [default: from seed_name]"),
     Field("timezone", "text", "Time zone, such as Europe/Berlin.  [default: UTC]"),
     Field("operator_key", "text", "Public key (ssh-ed25519 …) of an operator who may log in, or a file with it."),
@@ -83,7 +88,7 @@ FIELDS = (
     Field("image_key.root", "path", "For create: root directory of that controller.  [default: /]"),
     Field("image_key.expires", "text", "For create: how long it opens the door.  [default: 30d]"),
     Field("image_key.max_uses", "whole", "For create: how many SEs.  [default: 500]"),
-    Field("image_key.policy", "text", "For create: who gets in.  [default: open]"),
+    Field("image_key.policy", "text", "For create: who gets in.  [default: open]", tuple(Policy)),
     Field("image_key.networks", "texts", "For create: only from this network."),
     Field("agent.directory", "path", "The agent, directory form.  [default: beside this program, or dist/appliance]"),
     Field("network.interface", "text", "Management interface.  [default: the first]"),
@@ -174,7 +179,7 @@ def read_file(path: Path, problems: list[str]) -> dict[str, Any]:
         field = _BY_NAME[name]
         if not _is_kind(value, field.kind):
             problems.append(f"{path}: {name} is {value!r}, {_KINDS[field.kind]} expected")
-        elif field.kind == "path" or (name == "base.image" and value != OWN_BASE):
+        elif field.kind == "path" or (name in _WORD_OR_FILE and not _WORD_OR_FILE[name].match(value)):
             found[name] = str(path.absolute().parent / value)
         elif field.kind == "paths":
             found[name] = [str(path.absolute().parent / one) for one in value]
@@ -183,6 +188,12 @@ def read_file(path: Path, problems: list[str]) -> dict[str, Any]:
     return found
 
 
+_WORD_OR_FILE = {
+    "base.image": re.compile(rf"{OWN_BASE}\Z"),
+    "operator_key": re.compile(r"ssh-|\Z"),
+    "token": re.compile(rf"(?:{'|'.join(tokens.Kind)})-|\Z"),
+}
+"""Fields that name a file unless they look like this."""
 _KINDS: Mapping[Kind, str] = {
     "text": "text",
     "whole": "a whole number",
@@ -234,13 +245,32 @@ def _hooks(paths: list[str], problems: list[str]) -> list[Hook]:
 
 
 def _operator_key(text: str, problems: list[str]) -> str:
-    if not text or text.startswith("ssh-"):
+    if _WORD_OR_FILE["operator_key"].match(text):
         return text
     try:
         return Path(text).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         problems.append(f"operator_key is neither a public key line nor a file that can be read: {error}")
         return ""
+
+
+def _token(text: str, problems: list[str]) -> str:
+    """Returns a token; what was given in its place is never repeated, since it may be most of one."""
+    if not text:
+        return ""
+    if not _WORD_OR_FILE["token"].match(text):
+        try:
+            with Path(text).open(encoding="utf-8") as stream:
+                text = stream.read(MAX_TOKEN_FILE_CHARS).strip()
+        except (OSError, ValueError):
+            problems.append("token is neither a token (enroll-… or rejoin-…) nor a file that can be read")
+            return ""
+    try:
+        tokens.parse(text)
+    except UsageError as error:
+        problems.append(f"token: {error.message}")
+        return ""
+    return text
 
 
 def _file(values: Mapping[str, Any], name: str, problems: list[str]) -> Path | None:
@@ -272,6 +302,11 @@ def _key_wish(values: Mapping[str, Any], problems: list[str]) -> KeyWish | None:
     )
     if not _DURATION.fullmatch(wish.expires):
         problems.append(f"image_key.expires {wish.expires!r}: a number with s, m, h, d or w expected, such as 30d")
+    for network in wish.networks:
+        try:
+            ipaddress.ip_network(network)
+        except ValueError:
+            problems.append(f"image_key.networks {network!r}: a network such as 192.0.2.0/24 expected")
     if not 1 <= wish.max_uses <= 1_000_000:
         problems.append(f"image_key.max_uses {wish.max_uses}: 1 to 1,000,000 expected")
     return wish
@@ -307,6 +342,30 @@ def _base(values: Mapping[str, Any], problems: list[str]) -> tuple[Path | None, 
     return base, sources, sha256.lower()
 
 
+def read_wishes(values: Mapping[str, Any], problems: list[str]) -> tuple[Wishes, CloudWishes]:
+    """Makes what a seed carries beside its bundle; what is wrong with it is added to `problems`."""
+    wishes = Wishes(
+        controllers=_controllers(values.get("controllers", []), problems),
+        name=values.get("seed_name", ""),
+        labels=values.get("labels", []),
+        hostname=values.get("hostname", ""),
+        token=_token(values.get("token", ""), problems),
+    )
+    cloud = CloudWishes(
+        timezone=values.get("timezone", ""),
+        operator_key=_operator_key(values.get("operator_key", ""), problems),
+        network=Network(
+            interface=values.get("network.interface", ""),
+            addresses=values.get("network.addresses", []),
+            gateways=values.get("network.gateways", []),
+            dns=values.get("network.dns", []),
+            vlan=values.get("network.vlan", 0),
+        ),
+        hooks=_hooks(values.get("hooks", []), problems),
+    )
+    return wishes, cloud
+
+
 def _outputs(values: Mapping[str, Any], role: str, problems: list[str]) -> tuple[list[str], Path]:
     formats = list(dict.fromkeys(values.get("output.formats", ["qcow2"])))
     directory = Path(values.get("output.directory", "."))
@@ -336,7 +395,7 @@ def check(values: Mapping[str, Any], *, now: int, agent: Path, problems: list[st
         problems.append(f"name {name!r}: up to 80 characters, no '/' and no '.' at the beginning, expected")
     create_key = _key_wish(values, problems)
     bundle = _file(values, "bundle", problems)
-    for_se = ("bundle", "controllers", "seed_name", "labels", "image_key.create", "image_key.id", "cluster")
+    for_se = ("bundle", "controllers", "seed_name", "labels", "token", "image_key.create", "image_key.id", "cluster")
     if role == "controller":
         problems += [f"{one} is for SEs: a controller's image carries no seed" for one in for_se if values.get(one)]
     elif "bundle" not in values and create_key is None:
@@ -354,30 +413,15 @@ def check(values: Mapping[str, Any], *, now: int, agent: Path, problems: list[st
         problems.append("ova.certificate and ova.key: both or none expected")
     elif "ova.key" in values and "ova" not in formats:
         problems.append("ova.certificate signs an OVA, but output.formats has no ova")
+    wishes, cloud = read_wishes(values, problems)
     return Recipe(
         name=name,
         role=role,  # type: ignore[arg-type]  # one of the two, see above
         baked_at=values.get("baked_at", now),
         bundle=bundle,
         cluster=values.get("cluster", ""),
-        wishes=Wishes(
-            controllers=_controllers(values.get("controllers", []), problems),
-            name=values.get("seed_name", ""),
-            labels=values.get("labels", []),
-            hostname=values.get("hostname", ""),
-        ),
-        cloud=CloudWishes(
-            timezone=values.get("timezone", ""),
-            operator_key=_operator_key(values.get("operator_key", ""), problems),
-            network=Network(
-                interface=values.get("network.interface", ""),
-                addresses=values.get("network.addresses", []),
-                gateways=values.get("network.gateways", []),
-                dns=values.get("network.dns", []),
-                vlan=values.get("network.vlan", 0),
-            ),
-            hooks=_hooks(values.get("hooks", []), problems),
-        ),
+        wishes=wishes,
+        cloud=cloud,
         cluster_to_make=cluster,
         base=base,
         base_sha256=sha256,

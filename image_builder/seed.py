@@ -58,6 +58,8 @@ class Wishes(msgspec.Struct, frozen=True, kw_only=True):
     """`key=value` each."""
     hostname: str = ""
     """Host name of the VM; empty derives one from `name`, and sets none where there is no name."""
+    token: str = ""
+    """Lets one VM in; its form was checked before."""
 
 
 class SeedFile(msgspec.Struct, frozen=True):
@@ -218,6 +220,26 @@ def _read_bundle(raw: bytes, problems: list[str]) -> tuple[protocol.Bundle, str,
     return bundle, root_ca, identity
 
 
+def check_named(raw: bytes, *, cluster: str, key_id: str) -> list[str]:
+    """Returns in which way a bundle isn't the one that was meant, one sentence each.
+
+    Args:
+        raw: the bundle file's content; what is no bundle is for `bake` to tell.
+        cluster: id of the cluster, "" for any.
+        key_id: of the image key, "" for any.
+    """
+    try:
+        bundle = msgspec.json.decode(raw, type=protocol.Bundle)
+    except strict_json.UNDECODABLE:
+        return []
+    problems = []
+    if cluster and bundle.cluster_id != cluster:
+        problems.append(f"the bundle is of cluster {bundle.cluster_id!r}, {cluster!r} was named")
+    if key_id and bundle.image_key_id != key_id:
+        problems.append(f"the bundle holds the image key {bundle.image_key_id}, {key_id!r} was named")
+    return problems
+
+
 def bake(
     raw_bundle: bytes | None,
     wishes: Wishes,
@@ -276,6 +298,7 @@ def bake(
         baked_at=baked_at,
         controllers=controllers,
         hints=hints,
+        token=wishes.token,
     )
     trust_json = strict_json.encode(bundle.trust)
     wished = strict_json.encode(msgspec.to_builtins(cloud_wishes))
@@ -290,7 +313,7 @@ def bake(
             0o644,
         ),
         SeedFile(protocol.META_DATA_FILE, meta.encode(), 0o644),
-        SeedFile(protocol.SEED_FILE, strict_json.encode(seed) + b"\n", 0o644),
+        SeedFile(protocol.SEED_FILE, strict_json.encode(seed) + b"\n", 0o600 if seed.token else 0o644),
         SeedFile(protocol.ROOT_CA_FILE, root_ca.encode(), 0o644),
         SeedFile(protocol.TRUST_FILE, trust_json + b"\n", 0o644),
         SeedFile(protocol.IMAGE_KEY_FILE, identity.pkcs8().reveal(), 0o600),

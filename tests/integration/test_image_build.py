@@ -369,7 +369,7 @@ def test_a_full_disk_or_table_is_refused(tmp_path: Path, baker: Baker) -> None:
 def test_what_a_bundle_says_is_looked_at(tmp_path: Path, baker: Baker, cluster: Cluster) -> None:
     base = make_system(tmp_path / "base.qcow2")
     told = baker.refused(base, "--cluster", "c-2", "--image-key-id", "ik-000000000000")
-    assert "the bundle is of cluster 'c-1', the recipe is for 'c-2'" in told
+    assert "the bundle is of cluster 'c-1', 'c-2' was named" in told
     assert f"the bundle holds the image key {cluster.image_key_id}" in told
     baker.bundle.write_bytes(cluster.bundle(image_key_expires_at=AT))
     assert "expired" in baker.refused(base)
@@ -386,7 +386,7 @@ def test_five_mistakes_are_told_at_once(tmp_path: Path, baker: Baker) -> None:
     )  # fmt: skip
     for part in (
         "is a folder", "disk.size 'big'", "label 'no-equals'", "timezone '..'", "doesn't hold the agent",
-        "network address '10.0.0.1'", "the recipe is for 'c-2'",
+        "network address '10.0.0.1'", "'c-2' was named",
     ):  # fmt: skip
         assert part in told, told
     assert told.count("\n  - ") >= 7

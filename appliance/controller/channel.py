@@ -31,7 +31,7 @@ from appliance.pki.identity import verify
 from appliance.protocol import jws, strict_json, tunnel
 from appliance.protocol.address import se_address
 from appliance.protocol.enroll import InstanceFacts, SeStatus, check_facts
-from appliance.protocol.fleet import Reason
+from appliance.protocol.fleet import Reason, unconfined
 from appliance.protocol.trust import Envelope
 from appliance.protocol.tunnel import (
     Confirm,
@@ -160,11 +160,10 @@ class ChannelApi:
         link: Link = request.state.link
         if link.hello_done:
             raise _refuse(409, "TUNNEL-021", "This link said hello already", "Open a new link.")
-        if not hello.protocol >= tunnel.OLDEST_PROTOCOL_NUMBER:
-            raise _refuse(
-                400, "TUNNEL-022", f"Protocol {hello.protocol} is not spoken here",
-                f"Upgrade the agent: protocol {tunnel.OLDEST_PROTOCOL_NUMBER} or newer is expected.",
-            )  # fmt: skip
+        spoken = tunnel.agree(hello.protocol)
+        if spoken is None:
+            raise self._other_protocol(link, hello)
+        link.protocol = spoken
         if problems := check_facts(hello.facts, hello.agent_version):
             raise strict_json.MalformedError(problems[0])
         link.hello_done = True
@@ -189,7 +188,7 @@ class ChannelApi:
                 link.source, Step.HELLO, StepResult.OK, at=self._wall(), se_id=link.se_id, text=verdict.value
             )
         return HelloAnswer(
-            protocol=min(hello.protocol, tunnel.PROTOCOL_NUMBER),
+            protocol=link.protocol,
             ticket=ticket,
             quarantined=quarantined,
             reason=verdict.value,
@@ -202,6 +201,19 @@ class ChannelApi:
             audit_head=None if quarantined else self._newer_head(link),
             receipt=self._receipts.sign(record) if hello.wants_receipt and not quarantined else None,
         )
+
+    def _other_protocol(self, link: Link, hello: Hello) -> ProblemError:
+        """Refuses an agent too old or too new, where an operator sees it, too."""
+        ours = f"{tunnel.OLDEST_PROTOCOL_NUMBER} to {tunnel.PROTOCOL_NUMBER}"
+        older = hello.protocol < tunnel.OLDEST_PROTOCOL_NUMBER
+        text = f"its agent {hello.agent_version[:64]!r} speaks protocol {hello.protocol}, {ours} are spoken here"
+        advice = (
+            f"Upgrade the {'agent' if older else 'controller'}: neighbouring protocol numbers understand each other."
+        )
+        if not link.lost_text:
+            link.lost_reason, link.lost_text = Reason.PROTOCOL, text
+        asyncio.get_running_loop().call_later(REFUSED_STAYS_S, link.close, Reason.PROTOCOL, text)
+        return _refuse(400, "TUNNEL-022", f"Protocol {hello.protocol} is not spoken here, but {ours}", advice)
 
     def _newer_head(self, link: Link) -> Envelope | None:
         """The newest audit head, where this link didn't get it yet."""
@@ -272,6 +284,7 @@ class ChannelApi:
         else:
             await self._fleet.registry.update_se(record, changed)
         link.confirmed = True
+        link.probes = set(tunnel.SELF_TEST_REFUSALS)
         self._fleet.look(link.se_id)
         return ConfirmAnswer(spent=True)
 
@@ -283,6 +296,8 @@ class ChannelApi:
         now = self._wall()
         first = link.heartbeats == 0
         link.trust_version = beat.trust_version
+        if first:
+            self._tested(link, beat)
         self._fleet.heartbeat(link, rtt_s=beat.rtt_s, skew_s=beat.time - now, spool_bytes=beat.spool_bytes)
         accepted = 0
         if beat.telemetry and not link.quarantined:
@@ -300,6 +315,15 @@ class ChannelApi:
             audit_head=None if link.quarantined else self._newer_head(link),
             rotate_key=not link.quarantined and self._record(link).key_due,
         )
+
+    def _tested(self, link: Link, beat: Heartbeat) -> None:
+        """The link's self-test is over: what is refused from now on was an attack."""
+        link.probes = set()
+        link.open_doors = tuple(beat.open_doors)
+        if link.open_doors and not link.quarantined:
+            text = f"{self._record(link).name}: {unconfined(link.open_doors)}"
+            _log.error("%s", text, extra={"stage": "tunnel", "se_id": link.se_id})
+            self._fleet.events.emit("tunnel", "se.unconfined", link.se_id, text)
 
     @_stored
     async def rotate_key(self, request: Request, wish: RotateKey) -> RotateAnswer:

@@ -23,12 +23,12 @@ from appliance.controller.records import SeRecord
 from appliance.controller.recovery import Recovery
 from appliance.controller.registry import Registry
 from appliance.controller.trust import Publication
-from appliance.controller.web import Endpoint, ProblemError, Request
+from appliance.controller.web import JSON, Endpoint, ProblemError, Request, Response
 from appliance.errors import StorageError, TrustError
 from appliance.pki import jws as signatures
 from appliance.pki import ssh_keys
 from appliance.protocol import enroll as said
-from appliance.protocol import jws, seed, strict_json
+from appliance.protocol import jws, seed, strict_json, tunnel
 from appliance.protocol.address import se_address
 from appliance.protocol.enroll import (
     Claim,
@@ -108,7 +108,7 @@ class EnrollApi:
         """The table of this front end."""
         errors = (400, 403, 404, 409, 410, 429, 503)
         return [
-            Endpoint("POST", said.NONCE_PATH, self.nonce, "Get a nonce", {200: NonceAnswer}, errors=(429,)),
+            Endpoint("POST", said.NONCE_PATH, self.nonce, "Get a nonce", {200: NonceAnswer}, errors=(400, 429)),
             Endpoint(
                 "POST", said.ENROLL_PATH, self.enroll, "Enroll", {201: Grant, 202: Pending}, bytes, errors=errors
             ),
@@ -143,15 +143,22 @@ class EnrollApi:
 
     # The four requests.
 
-    async def nonce(self, request: Request, _body: None) -> NonceAnswer:
+    async def nonce(self, request: Request, _body: None) -> Response:
         """A nonce and the controller's time."""
         self._limit(request, Step.NONCE)
+        theirs = tunnel.parse_number(request.headers.get(said.PROTOCOL_HEADER, ""))
+        if tunnel.agree(theirs) is None:
+            ours = f"{tunnel.OLDEST_PROTOCOL_NUMBER} to {tunnel.PROTOCOL_NUMBER}"
+            raise self._refusal(request, Refusals.PROTOCOL, f"it speaks {theirs}, this controller {ours}")
         now = int(self._wall())
         self._attempts.note(
             request.state.source, Step.NONCE, StepResult.OK, at=self._wall(), attempt_id=_attempt(request),
             text="nonce handed out",
         )  # fmt: skip
-        return NonceAnswer(nonce=self._nonces.issue(now), time=now)
+        answer = NonceAnswer(nonce=self._nonces.issue(now), time=now)
+        # In a header: an older agent refuses an answer with a field that it doesn't know.
+        headers = {said.PROTOCOL_HEADER: str(tunnel.PROTOCOL_NUMBER)}
+        return Response(strict_json.encode(answer), media_type=JSON, headers=headers)
 
     async def enroll(self, request: Request, raw: bytes) -> tuple[int, Grant | Pending]:
         """The one request that an image key may sign."""
@@ -165,6 +172,8 @@ class EnrollApi:
             check_request(wish)
         except MalformedError as error:
             raise self._refusal(request, Refusals.MALFORMED, error.message) from None
+        if tunnel.agree(wish.protocol) is None:
+            raise self._refusal(request, Refusals.PROTOCOL, f"it speaks {wish.protocol}")
         by_image, by_se = signed.signatures
         image_key = self._registry.image_key(by_image.header.kid)
         if image_key is None:

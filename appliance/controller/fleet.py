@@ -22,7 +22,7 @@ from appliance.controller.telemetry import History
 from appliance.protocol import tunnel
 from appliance.protocol.address import se_address
 from appliance.protocol.enroll import SeStatus
-from appliance.protocol.fleet import Derived, Reason, SeSummary, SeView, State, derive, is_rtt_high
+from appliance.protocol.fleet import Derived, Reason, SeSummary, SeView, State, derive, is_rtt_high, unconfined
 from appliance.protocol.operator import SeDetail
 
 _log = logging.getLogger(__name__)
@@ -33,8 +33,8 @@ BURDEN_SWEEP_S = 1.0
 """How often it looks for links that burden the controller."""
 MAX_LINKS_PER_SE = 8
 """Connections logged in with one SE's key: whoever copied it must not take the room of other SEs."""
-MAX_UNSENT_BYTES = 8 * 1024 * 1024
-"""What may wait for a peer that doesn't read. Bulk stops at 1 MiB by itself (`splice`)."""
+MAX_UNSENT_BYTES = 8 * 1024 * 1024, 256 * 1024 * 1024
+"""What may wait for a peer that doesn't read, and for all of them. Bulk stops at 1 MiB by itself (`splice`)."""
 REKEY_TIMEOUT_S = 10.0
 """How long a key exchange on a link may take: nothing else is sent meanwhile."""
 
@@ -79,13 +79,18 @@ class Fleet:
         wall: Callable[[], float],
         monotonic: Callable[[], float],
         base_interval_s: float,
+        max_unsent: tuple[int, int] = MAX_UNSENT_BYTES,
     ) -> None:
+        """`max_unsent` are bytes that may wait unread: for one link, and for all together."""
         self.registry = registry
         self.history = history
         self.events = events
         self._wall = wall
         self._monotonic = monotonic
         self._base_interval_s = base_interval_s
+        self._max_unsent = max_unsent
+        self.refusals: Counter[str] = Counter()
+        """Links closed because they burden the controller, by how."""
         self._open: dict[str, dict[int, Link]] = {}
         """SE to all its connections that logged in, admitted or not, oldest first."""
         self._links: dict[str, Link] = {}
@@ -142,6 +147,7 @@ class Fleet:
         staying = [entry for entry in links.values() if not entry.is_gone]
         if len(staying) > MAX_LINKS_PER_SE:
             spare = next(entry for entry in staying if entry is not self._links.get(link.se_id))
+            self.refusals["copies"] += 1
             spare.close(Reason.LINK_LOST, f"more than {MAX_LINKS_PER_SE} links with one SE's key")
 
     def admit(self, link: Link) -> None:
@@ -243,15 +249,32 @@ class Fleet:
 
     def _drop_burdens(self, now: float) -> None:
         """Closes links whose peer makes us keep what it doesn't read, or begins a key exchange and leaves it."""
+        most, most_of_all = self._max_unsent
+        waiting: list[tuple[int, Link]] = []
         for link in [link for links in self._open.values() for link in links.values()]:
-            if unsent_bytes(link.conn) > MAX_UNSENT_BYTES:
-                link.close(Reason.LINK_LOST, f"more than {MAX_UNSENT_BYTES >> 20} MiB wait for it, and it doesn't read")
+            unsent = unsent_bytes(link.conn)
+            if unsent:
+                waiting.append((unsent, link))
+            if unsent > most:
+                self._unread(link, f"more than {most >> 20} MiB wait for it")
             elif not link.is_rekeying:
                 link.rekeys_since = 0.0
             elif not link.rekeys_since:
                 link.rekeys_since = now
             elif now - link.rekeys_since > REKEY_TIMEOUT_S:
+                self.refusals["rekey"] += 1
                 link.close(Reason.LINK_LOST, f"no new keys within {REKEY_TIMEOUT_S:.0f} s")
+        total = sum(unsent for unsent, link in waiting if not link.is_gone)
+        for unsent, link in sorted(waiting, key=lambda entry: -entry[0]):
+            if total <= most_of_all:
+                break
+            if not link.is_gone:
+                total -= unsent
+                self._unread(link, f"more than {most_of_all >> 20} MiB wait for all links, the most for it")
+
+    def _unread(self, link: Link, what: str) -> None:
+        self.refusals["unread"] += 1
+        link.close(Reason.LINK_LOST, f"{what}, and it doesn't read")
 
     def _sweep(self) -> None:
         now = self._monotonic()
@@ -353,10 +376,12 @@ class Fleet:
 
     def detail(self, record: SeRecord) -> SeDetail:
         """One SE, whole."""
-        held = self.quarantined(record.se_id)
+        held, link = self.quarantined(record.se_id), self._links.get(record.se_id)
         alarms = [f"a copy with this SE's key is linked from {entry.machine}, in quarantine" for entry in held]
         if record.ticket_superseded:
             alarms.append("the SE came back with an older link ticket (snapshot or restored disk)")
+        if link is not None and link.open_doors:
+            alarms.append(unconfined(link.open_doors))
         return SeDetail(
             summary=self.summary(record),
             status=record.status.value,

@@ -63,7 +63,10 @@ class Link:
         "lost_reason",
         "lost_text",
         "machine",
+        "open_doors",
         "opened_at",
+        "probes",
+        "protocol",
         "quarantined",
         "rekeys_since",
         "reverse_at",
@@ -111,7 +114,13 @@ class Link:
         self.hello_done = False
         self.ticket = ""
         """Handed out in hello, awaits its confirmation."""
+        self.protocol = 1
+        """What hello agreed on."""
         self.confirmed = False
+        self.probes: set[str] = set()
+        """Refusals that belong to its self-test: each kind once, between confirm and the first heartbeat."""
+        self.open_doors: tuple[str, ...] = ()
+        """What its self-test was granted although it must not."""
         self.quarantined = False
         self.rolled_back = False
         """Admitted with an older ticket than the newest one known."""
@@ -144,6 +153,7 @@ class Link:
             spool_bytes=self.spool_bytes,
             reverse_error=self.reverse_error,
             rolled_back=self.rolled_back,
+            open_doors=self.open_doors,
         )
 
     def close(self, reason: Reason, text: str) -> None:

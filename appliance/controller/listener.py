@@ -73,6 +73,8 @@ class FrontEnd:
         )
         self.config.load()
         self.server_state = ServerState()
+        self.refusals: Counter[str] = Counter()
+        """Requests by the status that refused them unread, connections as `connection` and `shed`."""
 
     def protocol(self, *, identify: Identify | None = None, **state: Any) -> GuardedProtocol:
         """Returns a protocol for one connection; `state`, and what `identify` adds, becomes `request.state`."""
@@ -92,6 +94,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._identify = identify
         self.access_log = False
         self._limits = front.limits
+        self._refusals = front.refusals
         self._received_bytes = 0
         """Of the request that is being read, as they came: with chunk headers and trailers, which uvicorn gathers."""
         self._body_bytes = 0
@@ -190,6 +193,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def _refuse(self, status: int, phrase: bytes) -> None:
         self._disarm()
         if not self.transport.is_closing():
+            self._refusals[str(status)] += 1
             self.transport.write(_ANSWER % (status, phrase))
             self.transport.close()
 
@@ -254,6 +258,7 @@ class TlsListener:
                 network = network_of(source)
                 if not self._has_room(network):
                     self.refused += 1
+                    self._front.refusals["connection"] += 1
                     connection.close()
                     continue
                 # Counted here: a task that was made has not begun yet when the next connection is accepted.
@@ -279,6 +284,7 @@ class TlsListener:
         if longest is None or asyncio.get_running_loop().time() - self._resting[longest] < MIN_REST_S:
             return False
         self.shed += 1
+        self._front.refusals["shed"] += 1
         longest.transport.abort()  # a TLS farewell would hold the place for up to two seconds
         longest.rest(begins=False)
         return True

@@ -58,6 +58,8 @@ class ControllerMetrics:
     """Grants given to new SEs."""
     refusals: Mapping[str, int] = field(default_factory=dict)
     """Code of `protocol.enroll.Refusals` to how often."""
+    refused: Mapping[str, int] = field(default_factory=dict)
+    """What was turned away beside enrollments, by reason: `gateway-session`, `enroll-408`, `link-unread` and so on."""
     audit_entries: int = 0
     samples_accepted: int = 0
     samples_refused: Mapping[str, int] = field(default_factory=dict)
@@ -113,6 +115,12 @@ def _controller(controller: ControllerMetrics, states: Mapping[State, int]) -> I
             "counter",
             "Refused requests to enroll, by code.",
             _by_code(controller.refusals),
+        ),
+        (
+            "appliance_refused_total",
+            "counter",
+            "Connections, channels, requests and links turned away, by reason.",
+            [(_labels([("reason", reason)]), count) for reason, count in sorted(controller.refused.items())],
         ),
         ("appliance_audit_entries_total", "counter", "Audit entries written.", [("", controller.audit_entries)]),
         (

@@ -24,7 +24,7 @@ from appliance.controller.registry import Registry
 from appliance.controller.web import MAX_NUMBER, Endpoint, ProblemError, Request, simple_problem
 from appliance.errors import ApplianceError, NotFoundError, UsageError
 from appliance.protocol.enroll import Policy, Refusals, SeStatus
-from appliance.protocol.fleet import Reason, SeSummary
+from appliance.protocol.fleet import Reason, SeSummary, unconfined
 from appliance.protocol.operator import (
     AuditEntry,
     AuditVerdict,
@@ -226,6 +226,11 @@ class OperatorApi:
             Link(
                 step=Step.HELLO, result=ok if link.confirmed else waiting, at=opened_at if link.confirmed else 0.0,
                 text=hello if link.confirmed else "no confirmed hello yet", code=code, hint=hint,
+            )
+            if not link.open_doors
+            else Link(
+                step=Step.HELLO, result=failed, at=opened_at, text=unconfined(link.open_doors), code="UNCONFINED",
+                hint="its self-test got through; upgrade this controller, or check who else answers at its SSH port",
             ),
             Link(
                 step=Step.HEARTBEAT, result=ok if beats else waiting, at=self._fleet.last_heartbeat_at(record.se_id),

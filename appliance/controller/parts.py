@@ -101,6 +101,7 @@ class Parts:
             wall=clock.now,
             monotonic=clock.monotonic,
             base_interval_s=terms.heartbeat_interval_s,
+            max_unsent=(terms.link_unsent_max_bytes, terms.unsent_max_bytes),
         )
         self.trust = Publication(self.material, on_publish=self.reserve, wall=clock.now)
         self.rotation = Rotation(
@@ -166,7 +167,7 @@ class Parts:
             "Appliance enrollment", self.enroll_api.endpoints(), enroll_said.MAX_HEADER_BYTES, 24 * 1024, keep_alive_s=5
         )
         # A link's channel speaks every few seconds; it must outlive the longest interval many times.
-        channel_front = self._front(
+        self.channel_front = self._front(
             "Appliance channel", channel_api.endpoints(), tunnel.MAX_HEADER_BYTES, tunnel.MAX_BODY_BYTES,
             keep_alive_s=900,
         )  # fmt: skip
@@ -195,7 +196,7 @@ class Parts:
             se_user=settings.users.se,
             fleet=self.fleet,
             attempts=self.attempts,
-            channel_api=channel_front,
+            channel_api=self.channel_front,
             on_lost=self._lost,
             wall=clock.now,
             monotonic=clock.monotonic,
@@ -294,6 +295,16 @@ class Parts:
         )
         return [*found, *self.kept.problems()]
 
+    def _refused(self) -> dict[str, int]:
+        """Whom the limits turned away, by reason, since the start."""
+        found = {f"gateway-{kind}": count for kind, count in self.gateway.refusals.items()}
+        found |= {f"reverse-{kind}": count for kind, count in self.reverse.refusals.items()}
+        found |= {f"link-{kind}": count for kind, count in self.fleet.refusals.items()}
+        fronts = {"enroll": self.enroll_front, "channel": self.channel_front, "operator": self.operator_front}
+        for name, front in fronts.items():
+            found |= {f"{name}-{kind}": count for kind, count in front.refusals.items()}
+        return found
+
     async def _metrics(self, _request: Request, _body: None) -> StreamingResponse:
         snapshot = metrics.ControllerMetrics(
             version=__version__,
@@ -303,6 +314,7 @@ class Parts:
             links=self.fleet.links,
             enrolled=self.enroll_api.granted,
             refusals=dict(self.enroll_api.refusals),
+            refused=self._refused(),
             audit_entries=self.registry.audit.count,
             samples_accepted=self.history.accepted,
             samples_refused=dict(self.history.refused),

@@ -290,8 +290,20 @@ class Peer(asyncssh.SSHServer):
 
     # What a link may open.
 
+    def _refused(self, kind: str) -> bool:
+        """Counts a refusal, and says whether it belongs to the link's self-test.
+
+        Nobody announces a self-test: each link may be refused once in each of its ways, and that much a thief of its
+        key may hide among them; it is counted all the same.
+        """
+        probes = self._link.probes if self._link is not None else set()
+        is_probe = kind in probes
+        probes.discard(kind)
+        self._gateway.refusals["self-test" if is_probe else kind] += 1
+        return is_probe
+
     def session_requested(self) -> bool:
-        self._gateway.refusals["session"] += 1
+        self._refused("session")
         raise refuse("no sessions here")
 
     def unix_connection_requested(self, dest_path: str) -> bool:  # noqa: ARG002
@@ -312,10 +324,11 @@ class Peer(asyncssh.SSHServer):
             or listen_host != se_address(record.number)
             or listen_port != REVERSE_PORT
         ):
-            self._gateway.refusals["forward"] += 1
-            _log.warning(
-                "refused to listen on %s:%d for %s", listen_host, listen_port, self._se_id, extra={"stage": "tunnel"}
-            )
+            if not self._refused("forward"):
+                _log.warning(
+                    "refused to listen on %s:%d for %s", listen_host, listen_port, self._se_id,
+                    extra={"stage": "tunnel"},
+                )  # fmt: skip
             return False
         link.reverse_granted = True
         return OwnListener(link)
@@ -336,7 +349,7 @@ class Peer(asyncssh.SSHServer):
             return channel, self._open(link, channel)
         target = self._gateway.terms.services.get(dest_host)
         if target is None or dest_port != tunnel.SERVICE_PORT or not link.confirmed:
-            self._gateway.refusals["channel"] += 1
+            self._refused("channel")
             raise refuse(f"no channels to {dest_host}:{dest_port}")
         link.channels += 1
         channel = conn.create_tcp_channel()

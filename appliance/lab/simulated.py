@@ -13,7 +13,7 @@ import contextlib
 import ssl
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,7 +26,7 @@ from appliance.pki import jws, tls
 from appliance.pki.identity import Identity
 from appliance.pki.trust import verify_trust
 from appliance.protocol import enroll, strict_json, token, tunnel
-from appliance.protocol.address import REVERSE_PORT, parse_endpoint
+from appliance.protocol.address import REVERSE_PORT, parse_endpoint, se_address
 from appliance.protocol.enroll import Claim, EnrollRequest, Grant, InstanceFacts, NonceAnswer, Pending, RefreshRequest
 from appliance.protocol.jws import encode_part
 from appliance.protocol.problem import Problem
@@ -127,6 +127,8 @@ class SimulatedSe:
         """Sent with an enrollment; what a rejoin goes by."""
         self.ticket = ""
         self.spent = False
+        self.open_doors: list[tunnel.Door] = []
+        """What the self-test of its link was granted; said with each heartbeat."""
         self.links = 0
         self.conn: asyncssh.SSHClientConnection | None = None
         self.interval_s = 5.0
@@ -195,7 +197,7 @@ class SimulatedSe:
 
     async def ask(self, path: str, make: Callable[[str], bytes]) -> Answer:
         """Gets a nonce and posts what `make` signs with it, on one connection."""
-        header = f"{enroll.ATTEMPT_HEADER}: {self.attempt_id}\r\n"
+        header = f"{enroll.ATTEMPT_HEADER}: {self.attempt_id}\r\n{enroll.PROTOCOL_HEADER}: {tunnel.PROTOCOL_NUMBER}\r\n"
         reader, writer = await self._tls()
         try:
             async with asyncio.timeout(REQUEST_TIMEOUT_S):
@@ -333,7 +335,27 @@ class SimulatedSe:
             self.ticket = answer.ticket
             confirmed = await self.say(tunnel.CONFIRM_PATH, Confirm(ticket=answer.ticket), ConfirmAnswer)
             self.spent = confirmed.spent
+            self.open_doors = await self.self_test()
         return answer
+
+    async def self_test(self) -> list[tunnel.Door]:
+        """Tries what the gateway must refuse, all at once, as a real SE does. Returns what was granted."""
+        if self.conn is None or self.grant is None:
+            raise TunnelError("no connection yet")
+        conn, number = self.conn, self.grant.number
+        foreign = se_address(number + 1 if number % 2 else number - 1)
+        tries: dict[tunnel.Door, Awaitable[Any]] = {
+            tunnel.Door.SESSION: conn.create_session(asyncssh.SSHClientSession),
+            tunnel.Door.CONNECT: conn.create_connection(asyncssh.SSHTCPSession, *tunnel.SELF_TEST_CHANNEL),
+            tunnel.Door.LISTEN: conn.forward_remote_port(foreign, REVERSE_PORT, "127.0.0.1", self.sshd_port),
+        }
+        answers = await asyncio.gather(*tries.values(), return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(
+                answer, (asyncssh.ChannelOpenError, asyncssh.ChannelListenError)
+            ):
+                raise answer
+        return [door for door, answer in zip(tries, answers, strict=True) if not isinstance(answer, BaseException)]
 
     async def beat(self, *, telemetry: bool = False) -> HeartbeatAnswer:
         """One heartbeat."""
@@ -345,6 +367,7 @@ class SimulatedSe:
             rtt_s=self._rtt_s,
             telemetry=self.telemetry() if telemetry else [],
             trust_version=self.trust.version if self.trust else 0,
+            open_doors=self.open_doors,
         )
         answer = await self.say(tunnel.HEARTBEAT_PATH, message, HeartbeatAnswer)
         self._rtt_s = time.monotonic() - started

@@ -61,7 +61,8 @@ MAX_REQUEST_BYTES = 12 * 1024
 MAX_MACS = 32
 MAX_FACT_CHARS = 128
 MAX_HEADER_BYTES = 8 * 1024
-PROTOCOL_NUMBER = 1
+PROTOCOL_HEADER = "appliance-protocol"
+"""Header in which either side names its highest protocol number (`protocol.tunnel`); 1 where it is missing."""
 
 _SE_ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 _ATTEMPT = re.compile(r"[0-9a-f]{16}")
@@ -101,7 +102,7 @@ def check_facts(facts: InstanceFacts, agent_version: str) -> list[str]:
     return problems
 
 
-class EnrollRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class EnrollRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """Payload of the two-signature JWS; of the rejoin's one-signature JWS with its token."""
 
     audience: str
@@ -117,6 +118,8 @@ class EnrollRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     attempt_id: str
     hints: Hints = Hints()
     token: str = ""
+    protocol: int = 1
+    """The one that both sides speak, since protocol 2."""
 
 
 class Claim(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -244,6 +247,13 @@ class Refusals(Refusal, enum.Enum):
         "The token is for another image key, instance or SE",
         "`appliance token list` tells what each is for.",
         60,
+    )
+    PROTOCOL = Refusal(
+        "ENROLL-042",
+        400,
+        "The agent's protocol is not spoken here",
+        "Upgrade the older of the two: neighbouring protocol numbers understand each other.",
+        600,
     )
     HOOK = Refusal("ENROLL-036", 403, "The enroll hook refused", "Ask who runs the program of `enroll_hook`.", 60)
     RECEIPT = Refusal(

@@ -7,6 +7,7 @@ reason code, a sentence and the time since when it holds.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -50,6 +51,8 @@ class Reason(enum.StrEnum):
     HEARTBEAT_MISSED = "HEARTBEAT_MISSED"
     CONTROLLER_RESTARTED = "CONTROLLER_RESTARTED"
     CLOSED_BY_SE = "CLOSED_BY_SE"
+    UNCONFINED = "UNCONFINED"
+    PROTOCOL = "PROTOCOL"
     CLONE = "CLONE"
     ROLLED_BACK = "ROLLED_BACK"
     REVOKED = "REVOKED"
@@ -71,6 +74,8 @@ class LinkView(NamedTuple):
     reverse_error: str = ""
     rolled_back: bool = False
     """Admitted with an older ticket than the newest one known (see `protocol.tunnel.judge_newcomer`)."""
+    open_doors: tuple[str, ...] = ()
+    """What the SE's self-test was granted although it must not."""
 
 
 class SeView(NamedTuple):
@@ -114,6 +119,8 @@ def _derive_link(view: SeView, link: LinkView) -> Derived:
         )
         state = State.DOWN if view.ever_confirmed and not link.confirmed else State.ENROLLED
         return Derived(state, Reason.COMING_UP, f"linked, waiting for {waiting}")
+    if link.open_doors:
+        return Derived(State.DEGRADED, Reason.UNCONFINED, unconfined(link.open_doors))
     if not link.reverse_ok:
         return Derived(State.DEGRADED, Reason.REVERSE_DOWN, f"the reverse path is down: {link.reverse_error}")
     if is_rtt_high(link.rtt_s, was_high=view.was_rtt_high):
@@ -130,6 +137,11 @@ def _derive_link(view: SeView, link: LinkView) -> Derived:
     if link.rolled_back:
         return Derived(State.UP, Reason.ROLLED_BACK, "came back with older state: a restored snapshot or disk")
     return Derived(State.UP, Reason.OK, "link, heartbeat and reverse path work")
+
+
+def unconfined(doors: Sequence[str]) -> str:
+    """Says what an SE's self-test found open."""
+    return f"this controller grants the SE's key what it must refuse: {', '.join(doors)}"
 
 
 def is_rtt_high(rtt_s: float | None, *, was_high: bool) -> bool:

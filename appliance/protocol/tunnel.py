@@ -21,6 +21,13 @@ A link's life on the SE (`advance`):
 
 Whoever comes with an SE's key while an older link is there is judged by its ticket (`judge_newcomer`), see DESIGN
 section 8.
+
+Protocol numbers (`agree`). Both sides speak `PROTOCOL_NUMBER` and the one before it; hello says the agent's, its answer
+the lower of the two, and from then on nothing is said that the lower one doesn't know. Hello itself never changes: it
+is read before anything is agreed on. What each number added:
+
+    1    everything above
+    2    Heartbeat.open_doors; EnrollRequest.protocol
 """
 
 from __future__ import annotations
@@ -34,8 +41,9 @@ from appliance.errors import StateMachineError
 from appliance.protocol.enroll import InstanceFacts
 from appliance.protocol.trust import Envelope
 
-PROTOCOL_NUMBER = 1
+PROTOCOL_NUMBER = 2
 OLDEST_PROTOCOL_NUMBER = 1
+SELF_TEST_SINCE = 2
 
 CHANNEL_HOST = "channel"
 CHANNEL_PORT = 80
@@ -68,6 +76,40 @@ LARGE_FLEET = 2000
 """SEs above which the heartbeat interval doubles."""
 STEADY_AFTER_S = 30.0
 """A link that lived this long resets the back-off."""
+
+
+class Door(enum.StrEnum):
+    """What an SE tries with its own key before it calls itself up, and must be refused (`se.self_test`)."""
+
+    SESSION = "session"
+    SHELL = "shell"
+    EXEC = "exec"
+    SFTP = "sftp"
+    AGENT = "agent forwarding"
+    X11 = "X11 forwarding"
+    CONNECT = "foreign destination"
+    LISTEN = "foreign listen address"
+
+
+SELF_TEST_CHANNEL = ("127.0.0.1", 22)
+"""Where the self-test wants a channel to: the controller's own machine."""
+SELF_TEST_REFUSALS = frozenset({"session", "channel", "forward"})
+"""Kinds of refusals that one self-test causes, each once: sessions carry shell, exec, sftp, agent and X11."""
+
+
+def parse_number(text: str) -> int:
+    """Returns the protocol number in a header, 1 where there is none, 0 where it is no number."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else (0 if text else 1)
+
+
+def agree(theirs: int) -> int | None:
+    """Returns the protocol number to speak with a peer that speaks `theirs`, None where there is none.
+
+    Args:
+        theirs: the highest one the peer speaks; it speaks the one before it, too.
+    """
+    spoken = min(theirs, PROTOCOL_NUMBER)
+    return spoken if spoken >= max(theirs - 1, OLDEST_PROTOCOL_NUMBER) else None
 
 
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -134,6 +176,8 @@ class Heartbeat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     spool_bytes: int = 0
     spool_dropped: int = 0
     trust_version: int = 0
+    open_doors: Annotated[list[Door], msgspec.Meta(max_length=len(Door))] = []
+    """What the controller granted in the self-test of this link although it must not. Since protocol 2."""
 
 
 class HeartbeatAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):

@@ -21,10 +21,10 @@ from appliance.pki.identity import Identity
 from appliance.pki.image_key import image_key_id
 from appliance.pki.trust import verify_receipt, verify_trust
 from appliance.protocol import enroll as said
-from appliance.protocol import strict_json
+from appliance.protocol import strict_json, tunnel
 from appliance.protocol import token as tokens
 from appliance.protocol.address import se_address
-from appliance.protocol.enroll import Claim, EnrollRequest, Grant, NonceAnswer, Pending, RefreshRequest
+from appliance.protocol.enroll import Claim, EnrollRequest, Grant, NonceAnswer, Pending, RefreshRequest, Refusals
 from appliance.protocol.problem import Problem
 from appliance.protocol.seed import Hints
 from appliance.protocol.trust import MAX_TRUST_BYTES, Envelope, TrustDocument
@@ -90,6 +90,8 @@ class Enrollment:
         self._seed: seed.LoadedSeed | None = None
         self._given = GivenFile(paths.se_state)
         self._token = ""
+        self._protocol = 1
+        """What this conversation's controller and this agent both speak."""
         """For ENROLL or REJOIN, whichever it is good for."""
         self._rejoin = ""
         """The se_id that a rejoin token names."""
@@ -282,6 +284,15 @@ class Enrollment:
         answer = conversation.post(said.NONCE_PATH, b"", attempt_id=self._state.require().attempt_id)
         if answer.status != 200:
             return self._refused(answer, Step.NONCE)
+        spoken = tunnel.agree(answer.protocol)
+        if spoken is None:
+            raise EnrollError(
+                f"the controller speaks protocol {answer.protocol}, this agent "
+                f"{tunnel.OLDEST_PROTOCOL_NUMBER} to {tunnel.PROTOCOL_NUMBER}",
+                hint="upgrade the older of the two: neighbouring protocol numbers understand each other",
+                code=Refusals.PROTOCOL.value.code,
+            )
+        self._protocol = spoken
         given = strict_json.decode(answer.body, NonceAnswer, max_bytes=MAX_ANSWER_BYTES)
         floor = max(self._seed.seed.baked_at if self._seed else 0, self._beliefs.current.signed_at)
         conversation.check_time(believed_time(clock=self._clock, controller_time=given.time, floor=floor))
@@ -304,6 +315,7 @@ class Enrollment:
             attempt_id=record.attempt_id,
             hints=loaded.hints if loaded else Hints(),
             token=self._token,
+            protocol=self._protocol,
         )
 
     def _refresh_request(self, nonce: str) -> RefreshRequest:

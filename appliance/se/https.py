@@ -22,7 +22,8 @@ from typing import Any, NamedTuple, Self
 from appliance.errors import TrustError, UnreachableError
 from appliance.pki import tls
 from appliance.pki.certificate import CertificateTerms, moment
-from appliance.protocol.enroll import ATTEMPT_HEADER
+from appliance.protocol import tunnel
+from appliance.protocol.enroll import ATTEMPT_HEADER, PROTOCOL_HEADER
 from appliance.protocol.trust import TrustDocument
 from appliance.runtime.clock import Clock
 from appliance.runtime.stop import StopToken
@@ -41,6 +42,8 @@ class Answer(NamedTuple):
     status: int
     body: bytes
     retry_after_s: float
+    protocol: int = 1
+    """The highest one that the controller speaks, where it says so."""
 
 
 class _Timed:
@@ -188,12 +191,17 @@ class Conversation:
         if self._sock is None:
             raise UnreachableError("the connection is closed")
         self._timed.begin(REQUEST_DEADLINE_S, MAX_ANSWER_BYTES)
-        headers = {"content-type": "application/jose+json" if body else "application/json", ATTEMPT_HEADER: attempt_id}
+        headers = {
+            "content-type": "application/jose+json" if body else "application/json",
+            ATTEMPT_HEADER: attempt_id,
+            PROTOCOL_HEADER: str(tunnel.PROTOCOL_NUMBER),
+        }
         try:
             self._http.request("POST", path, body=body, headers={**headers, "host": self.address})
             answer = self._http.getresponse()
             content = answer.read()
             retry_after = answer.headers.get("retry-after", "")
+            protocol = tunnel.parse_number(answer.headers.get(PROTOCOL_HEADER, ""))
         except TimeoutError:
             raise UnreachableError(
                 f"{self.address} gave no whole answer to {path} within {REQUEST_DEADLINE_S:g} s"
@@ -204,7 +212,7 @@ class Conversation:
                 hint="is that the controller's enroll port (8443)?",
             ) from None
         seconds = float(retry_after) if retry_after.isascii() and retry_after.isdigit() else 0.0
-        return Answer(answer.status, content, min(seconds, MAX_RETRY_AFTER_S))
+        return Answer(answer.status, content, min(seconds, MAX_RETRY_AFTER_S), protocol)
 
 
 def believed_time(*, clock: Clock, controller_time: int, floor: int) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import io
 import queue
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from appliance.errors import TrustError, TunnelError
@@ -30,6 +30,9 @@ _ENDLESS_S = 3600.0
 """Where paramiko wants a number; the guard is quicker."""
 _DISCONNECT, _BY_APPLICATION = b"\x01", 11
 """SSH_MSG_DISCONNECT and its reason SSH_DISCONNECT_BY_APPLICATION (RFC 4253 sections 11.1 and 12)."""
+
+_CHANNEL_REQUEST = b"\x62"
+"""SSH_MSG_CHANNEL_REQUEST (RFC 4254 section 5.4)."""
 
 _FAILURES = (paramiko.SSHException, OSError, EOFError)
 
@@ -128,6 +131,71 @@ class SshConnection:
                 hint="is it this SE's own address? see `appliance why` on the controller",
                 code="TUNNEL-038",
             ) from None
+
+    # What `se.self_test` tries. Each raises `TunnelError` where the link ends meanwhile: that is no refusal.
+
+    def grants_session(self) -> bool:
+        """Whether a session channel is granted."""
+        return self._grants(lambda: self._transport.open_session().close())
+
+    def grants_channel(self, host: str, port: int) -> bool:
+        """Whether a `direct-tcpip` channel is granted."""
+        return self._grants(
+            lambda: self._transport.open_channel("direct-tcpip", (host, port), ("127.0.0.1", 0)).close()
+        )
+
+    def grants_listen(self, address: str, port: int) -> bool:
+        """Whether the gateway would listen there; what it grants is given back."""
+
+        def listen() -> None:
+            self._transport.request_port_forward(address, port)
+            self._transport.cancel_port_forward(address, port)
+
+        return self._grants(listen)
+
+    def grants_request(self, request: str, fields: Sequence[str]) -> bool:
+        """Whether a request on a session channel is granted; `fields` are strings that go with it."""
+
+        def ask() -> None:
+            channel = self._transport.open_session()
+            try:
+                message = paramiko.Message()
+                message.add_byte(_CHANNEL_REQUEST)
+                message.add_int(channel.remote_chanid)
+                message.add_string(request)
+                message.add_boolean(True)
+                for field in fields:
+                    message.add_string(field)
+                channel._event_pending()  # type: ignore[attr-defined]  # noqa: SLF001 - no public name for one request
+                self._transport._send_user_message(message)  # type: ignore[attr-defined]  # noqa: SLF001
+                channel._wait_for_event()  # type: ignore[attr-defined]  # noqa: SLF001
+            finally:
+                channel.close()
+
+        return self._grants(ask)
+
+    def grants_x11(self) -> bool:
+        """Whether X11 forwarding is granted on a session channel."""
+
+        def ask() -> None:
+            channel = self._transport.open_session()
+            try:
+                channel.request_x11()
+            finally:
+                channel.close()
+
+        return self._grants(ask)
+
+    def _grants(self, ask: Callable[[], object]) -> bool:
+        try:
+            ask()
+        except _FAILURES as error:
+            if not self._transport.is_active():
+                raise TunnelError(self._ended(error), code="TUNNEL-035") from None
+            # Or the next loss of this link would be told as this refusal.
+            self._transport.get_exception()
+            return False
+        return True
 
     def lost(self) -> TunnelError:
         """Returns why a connection is over that nobody here ended."""

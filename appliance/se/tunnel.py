@@ -1,9 +1,9 @@
 """Stage tunnel on the SE: one link's whole life, from dial to loss. A new `Link` is made for each try (`se.links`).
 
     dial         TCP, key exchange, host key checked, log-in             DIALING -> GREETING
-    greet        hello; ticket stored durably; own reverse address; confirm; spent image key destroyed
+    greet        hello; ticket stored durably; own reverse address; confirm; spent image key destroyed; self-test
                                                                          GREETING -> LINKED, or QUARANTINED
-    live         heartbeats, telemetry with every n-th; the first answer makes it UP
+    live         heartbeats, telemetry with every n-th; the first answer makes it UP, unless the self-test got in
     end          lost, silent, refused or told to stop: everything it had is closed, `run` raises or returns
 
 Each wait has an end: `watchdog.Guard` holds one deadline over dial and greet and the watchdog's rules afterwards, and
@@ -35,6 +35,7 @@ from appliance.runtime.stop import StopToken
 from appliance.se.believed import Beliefs
 from appliance.se.channel_api import ByteChannel, ChannelApi, decode
 from appliance.se.reverse import ReversePath
+from appliance.se.self_test import open_doors
 from appliance.se.ssh import SshConnection
 from appliance.se.watchdog import Guard
 from appliance.se.wire import Wire, connect
@@ -45,6 +46,8 @@ THERE = frozenset({LinkState.LINKED, LinkState.UP, LinkState.QUARANTINED})
 """States in which the controller knows this SE at the other end."""
 LOGIN_DEADLINE_S = 20.0
 """For key exchange, log-in, hello and confirm together."""
+UNCONFINED = "TUNNEL-044"
+"""Code: the gateway granted what the self-test wanted."""
 MAX_UNANSWERED = 6
 """Heartbeats without an answer before the link is given up although bytes come: the channel API hangs."""
 
@@ -198,6 +201,9 @@ class Link:
         self._interval_s = caller.grant.heartbeat_interval_s
         self._until_telemetry = 0
         self._is_key_due = False
+        self._protocol = said.PROTOCOL_NUMBER
+        """What both sides speak, once hello was answered."""
+        self._open_doors: list[said.Door] = []
 
     def run(self, stop: StopToken) -> None:
         """Lives until lost or told to stop; returns in the latter case.
@@ -301,6 +307,14 @@ class Link:
         answer = api.call(said.HELLO_PATH, hello, said.HelloAnswer, timeout_s=LOGIN_DEADLINE_S)
         if answer.node != node:
             raise TunnelError(f"node {answer.node} answers at {self.endpoint}, expected node {node}", code="TUNNEL-040")
+        if said.agree(answer.protocol) != answer.protocol:
+            raise TunnelError(
+                f"node {node} speaks protocol {answer.protocol}, this agent "
+                f"{said.OLDEST_PROTOCOL_NUMBER} to {said.PROTOCOL_NUMBER}",
+                hint="upgrade the controller first; agents of its version and of the one before can link to it",
+                code="TUNNEL-043",
+            )
+        self._protocol = answer.protocol
         self._interval_s = answer.heartbeat_interval_s
         if answer.quarantined:
             self._move(LinkEvent.QUARANTINED)
@@ -330,6 +344,17 @@ class Link:
         receipt = self._receipt_for(answer.receipt, caller.identity.thumbprint)
         if receipt is not None:
             caller.keys.save_receipt(receipt)
+        self._test_restrictions(connection)
+
+    def _test_restrictions(self, connection: SshConnection) -> None:
+        """Tries with this SE's own key what must be refused; see `se.self_test`."""
+        self._open_doors = open_doors(connection, self._caller.grant.number)
+        if not self._open_doors:
+            return
+        text = f"node {self._node.number} grants this SE's key what it must refuse: {', '.join(self._open_doors)}"
+        self._log.error("%s", text, extra={"code": UNCONFINED, "node": self._node.number})
+        hint = "anybody who copies this key could use it; check what answers as the gateway, and its version"
+        self._caller.tell(Step.HELLO, StepResult.FAILED, text, UNCONFINED, hint)
 
     def _receipt_for(self, envelope: Envelope | None, thumbprint: str) -> Envelope | None:
         """Returns a receipt where it is for this SE with that key; without one, the next hello asks for it."""
@@ -362,6 +387,7 @@ class Link:
             spool_bytes=self._caller.spool.size_bytes,
             spool_dropped=self._caller.spool.dropped,
             trust_version=self._caller.beliefs.version,
+            open_doors=self._open_doors if self._protocol >= said.SELF_TEST_SINCE else [],
         )
         # The time is taken before the send: the controller's answer may be here before the next line runs.
         self._sent.append(_Sent(self._sequence, self._clock.monotonic(), last_id))
@@ -398,7 +424,8 @@ class Link:
     def _answered(self, sent: _Sent, pong: said.HeartbeatAnswer, arrived: float, guard: Guard) -> None:
         first = self._rtt_s == 0.0
         self._rtt_s = max(arrived - sent.at, 1e-6)
-        self._move(LinkEvent.ANSWERED)
+        if not self._open_doors:
+            self._move(LinkEvent.ANSWERED)
         if sent.last_id:
             self._caller.telemetry.delivered(sent.last_id)
         self._interval_s = pong.interval_s

@@ -246,6 +246,22 @@ class _Channel(asyncssh.SSHTCPSession[bytes]):
         self._chan.close()
 
 
+class _Session(asyncssh.SSHServerSession[bytes]):
+    """A session that grants what it is told to."""
+
+    def __init__(self, doors: set[tunnel.Door]) -> None:
+        self._doors = doors
+
+    def shell_requested(self) -> bool:
+        return tunnel.Door.SHELL in self._doors
+
+    def exec_requested(self, command: str) -> bool:
+        return tunnel.Door.EXEC in self._doors
+
+    def subsystem_requested(self, subsystem: str) -> bool:
+        return tunnel.Door.SFTP in self._doors
+
+
 class _Peer(asyncssh.SSHServer):
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
@@ -264,9 +280,14 @@ class _Peer(asyncssh.SSHServer):
     def validate_public_key(self, username: str, key: asyncssh.SSHKey) -> bool:
         return self._gateway.admits
 
+    def session_requested(self) -> Any:
+        self._gateway.asked.append("session")
+        return _Session(self._gateway.doors) if tunnel.Door.SESSION in self._gateway.doors else False
+
     def server_requested(self, listen_host: str, listen_port: int) -> Any:
         self._gateway.asked.append(f"forward {listen_host}:{listen_port}")
-        if not self._gateway.grants_forward:
+        is_own = listen_host == se_address(1)
+        if not (self._gateway.grants_forward if is_own else tunnel.Door.LISTEN in self._gateway.doors):
             return False
 
         class Listener(asyncssh.SSHListener):
@@ -280,6 +301,8 @@ class _Peer(asyncssh.SSHServer):
 
     def connection_requested(self, dest_host: str, dest_port: int, orig_host: str, orig_port: int) -> Any:
         self._gateway.asked.append(f"channel {dest_host}:{dest_port}")
+        if (dest_host, dest_port) == tunnel.SELF_TEST_CHANNEL and tunnel.Door.CONNECT not in self._gateway.doors:
+            raise asyncssh.ChannelOpenError(asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED, "not here")
         self._gateway.channels += 1
         return self._conn.create_tcp_channel(), _Channel(self._gateway, self._gateway.channels)
 
@@ -287,7 +310,10 @@ class _Peer(asyncssh.SSHServer):
 class Gateway:
     """SSH. `answers` by path may be replaced (None: no answer); `asked` is what came, in order."""
 
-    def __init__(self, cluster: Cluster, *, host_key: bytes | None = None, kex: tuple[str, ...] = tunnel.KEX) -> None:
+    def __init__(
+        self, cluster: Cluster, *, host_key: bytes | None = None, kex: tuple[str, ...] = tunnel.KEX, agent: bool = False
+    ) -> None:
+        """`agent` lets sessions forward agents."""
         self.cluster = cluster
         self.asked: list[str] = []
         self.logins: list[str] = []
@@ -295,6 +321,9 @@ class Gateway:
         self.beats: list[tunnel.Heartbeat] = []
         self.connections: list[asyncssh.SSHServerConnection] = []
         self.channels = 0
+        self.doors: set[tunnel.Door] = set()
+        """What it grants although it must not."""
+        self.protocol = tunnel.PROTOCOL_NUMBER
         self.admits = self.grants_forward = True
         self.quarantines = False
         self.spent = True
@@ -314,6 +343,7 @@ class Gateway:
             asyncssh.listen(
                 "127.0.0.1", 0, server_factory=lambda: _Peer(self), server_host_keys=[key], kex_algs=list(kex),
                 encryption_algs=list(tunnel.CIPHERS), signature_algs=["ssh-ed25519"],
+                agent_forwarding=agent,
             )
         )  # fmt: skip
         self.address = f"127.0.0.1:{self.acceptor.get_port()}"
@@ -333,8 +363,9 @@ class Gateway:
         said = strict_json.decode(body, tunnel.Hello, max_bytes=1 << 20)
         self.hellos.append(said)
         return 200, tunnel.HelloAnswer(
-            protocol=1, ticket="" if self.quarantines else f"ticket-{len(self.hellos)}", quarantined=self.quarantines,
-            reason="test", heartbeat_interval_s=self.interval_s, time=NOW, node=self.node, reverse_address="127.1.0.1",
+            protocol=self.protocol, ticket="" if self.quarantines else f"ticket-{len(self.hellos)}",
+            quarantined=self.quarantines, reason="test", heartbeat_interval_s=self.interval_s, time=NOW, node=self.node,
+            reverse_address="127.1.0.1",
             reverse_port=5097, trust=self.new_trust,
         )  # fmt: skip
 

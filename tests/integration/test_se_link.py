@@ -173,9 +173,10 @@ def test_a_link_comes_up_in_order(ssh: Gateway, stand: Stand) -> None:
     stand.up(ssh.address)
     until(lambda: stand.samples.told == [2], what="the telemetry is delivered")
     assert stand.states == [LinkState.DIALING, LinkState.GREETING, LinkState.LINKED, LinkState.UP]
-    assert ssh.asked[:5] == [
-        "channel channel:80", said.HELLO_PATH, "forward 127.1.0.1:5097", said.CONFIRM_PATH, said.HEARTBEAT_PATH
-    ]  # fmt: skip
+    assert ssh.asked[:4] == ["channel channel:80", said.HELLO_PATH, "forward 127.1.0.1:5097", said.CONFIRM_PATH]
+    assert set(ssh.asked[4:7]) == {"session", "channel 127.0.0.1:22", "forward 127.1.0.2:5097"}, "the self-test"
+    assert ssh.asked[7] == said.HEARTBEAT_PATH
+    assert ssh.beats[0].open_doors == []
     assert ssh.hellos[0].ticket == ""
     assert ssh.channels == 1, "one channel is kept"
     until(lambda: len(ssh.beats) >= 4, what="it goes on beating")
@@ -333,6 +334,70 @@ def test_a_refused_forward_ends_the_link(ssh: Gateway, stand: Stand) -> None:
     assert stand.lost().code == "TUNNEL-038"
 
 
+S = said.Door
+
+
+@pytest.mark.parametrize(
+    "doors",
+    [
+        {S.SESSION}, {S.SESSION, S.SHELL}, {S.SESSION, S.EXEC}, {S.SESSION, S.SFTP}, {S.SESSION, S.AGENT},
+        {S.CONNECT}, {S.LISTEN}, set(S) - {S.X11},
+    ],
+    ids=lambda doors: "+".join(sorted(doors)),
+)  # fmt: skip
+def test_a_gateway_that_grants_too_much_is_found_out(cluster: Cluster, stand: Stand, doors: set[said.Door]) -> None:
+    """The link stays, says what is open with each heartbeat, and never becomes UP."""
+    with gateway(cluster, agent=S.AGENT in doors) as careless:
+        careless.doors = doors
+        link = stand.dial(careless.address)
+        until(lambda: len(careless.beats) >= 3 or stand.error, what="it pings")
+        assert stand.error is None
+        assert [set(beat.open_doors) for beat in careless.beats[:3]] == [doors] * 3
+        assert link.state is LinkState.LINKED
+        result, text = next((result, text) for step, result, text in reversed(stand.told) if step is Step.HELLO)
+        assert result is StepResult.FAILED
+        assert all(door in text for door in doors)
+        assert LinkState.UP not in stand.states
+        with pytest.raises(TunnelError, match="is not up"):
+            link.open_channel("service", 1)
+
+
+def test_a_link_that_ends_during_the_self_test_found_nothing_open(ssh: Gateway, stand: Stand) -> None:
+    """No answer is no refusal: the link is lost, and the next one tries again."""
+
+    def confirm(_body: bytes, channel: Any) -> Answer:
+        ssh.loop.call_soon(ssh.connections[-1].abort)
+        return 200, said.ConfirmAnswer(spent=True)
+
+    ssh.answers[said.CONFIRM_PATH] = confirm
+    stand.dial(ssh.address)
+    assert stand.lost().code == "TUNNEL-035"
+    assert LinkState.UP not in stand.states
+
+
+@pytest.mark.parametrize(("spoken", "doors"), [(1, []), (2, [S.LISTEN])])
+def test_nothing_is_said_that_an_older_controller_does_not_know(
+    ssh: Gateway, stand: Stand, spoken: int, doors: list[said.Door]
+) -> None:
+    ssh.protocol, ssh.doors = spoken, {S.LISTEN}
+    link = stand.dial(ssh.address)
+    until(lambda: len(ssh.beats) >= 2 or stand.error, what="it pings")
+    assert ssh.hellos[0].protocol == said.PROTOCOL_NUMBER
+    assert ssh.beats[0].open_doors == doors
+    assert link.state is LinkState.LINKED, "not up with either"
+
+
+@pytest.mark.parametrize("spoken", [said.OLDEST_PROTOCOL_NUMBER - 1, said.PROTOCOL_NUMBER + 1])
+def test_a_controller_of_another_protocol_is_told(ssh: Gateway, stand: Stand, spoken: int) -> None:
+    ssh.protocol = spoken
+    stand.dial(ssh.address)
+    error = stand.lost()
+    assert error.code == "TUNNEL-043"
+    assert f"speaks protocol {spoken}" in error.message
+    assert "upgrade the controller" in error.hint
+    assert said.CONFIRM_PATH not in ssh.asked
+
+
 def test_quarantine_only_pings(ssh: Gateway, stand: Stand) -> None:
     ssh.quarantines = True
     stand.samples.waiting = ["secret"]
@@ -340,7 +405,7 @@ def test_quarantine_only_pings(ssh: Gateway, stand: Stand) -> None:
     until(lambda: len(ssh.beats) >= 4, what="it pings")
     assert link.state is LinkState.QUARANTINED
     assert said.CONFIRM_PATH not in ssh.asked
-    assert not any(entry.startswith("forward") for entry in ssh.asked)
+    assert not any(entry.startswith(("forward", "session")) for entry in ssh.asked)
     assert not any(beat.telemetry for beat in ssh.beats)
     assert stand.state.ticket(1) == ""
 

@@ -57,6 +57,7 @@ def test_a_stored_status_outranks_the_link(
         ({"skew_s": -SKEW_LIMIT_S - 1}, State.DEGRADED, Reason.CLOCK_SKEW, "-61 s"),
         ({"skew_s": -SKEW_LIMIT_S}, State.UP, Reason.OK, "work"),
         ({"spool_bytes": SPOOL_LIMIT_BYTES + 1}, State.DEGRADED, Reason.SPOOL_GROWING, "1048577 bytes"),
+        ({"open_doors": ("shell", "exec")}, State.DEGRADED, Reason.UNCONFINED, "shell, exec"),
         ({"spool_bytes": SPOOL_LIMIT_BYTES}, State.UP, Reason.OK, "work"),
     ],
 )

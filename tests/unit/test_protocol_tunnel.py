@@ -12,6 +12,8 @@ from appliance.errors import StateMachineError
 from appliance.protocol.tunnel import (
     DEADLINE_S,
     LARGE_FLEET,
+    OLDEST_PROTOCOL_NUMBER,
+    PROTOCOL_NUMBER,
     UNKNOWN_TICKET,
     LinkEvent,
     LinkState,
@@ -19,9 +21,11 @@ from appliance.protocol.tunnel import (
     Tickets,
     Watchdog,
     advance,
+    agree,
     heartbeat_interval,
     is_current,
     judge_newcomer,
+    parse_number,
     rotation_statement,
 )
 
@@ -198,3 +202,33 @@ def test_the_proof_of_a_new_key_is_for_one_cluster_se_and_key() -> None:
         rotation_statement(*words) for words in (("c", "s", "k"), ("d", "s", "k"), ("c", "t", "k"), ("c", "s", "l"))
     }
     assert len(statements) == 4
+
+
+@pytest.mark.parametrize(
+    ("theirs", "spoken"),
+    [
+        (-1, None),
+        (OLDEST_PROTOCOL_NUMBER - 1, None),
+        (OLDEST_PROTOCOL_NUMBER, OLDEST_PROTOCOL_NUMBER),
+        (PROTOCOL_NUMBER, PROTOCOL_NUMBER),
+        (PROTOCOL_NUMBER + 1, PROTOCOL_NUMBER),
+        (PROTOCOL_NUMBER + 2, None),
+        (2**60, None),
+    ],
+)
+def test_neighbouring_protocol_numbers_understand_each_other(theirs: int, spoken: int | None) -> None:
+    assert agree(theirs) == spoken
+    if spoken is not None:
+        assert agree(spoken) == spoken, "the agent takes the answer"
+
+
+def test_only_the_protocol_before_this_one_is_spoken() -> None:
+    assert PROTOCOL_NUMBER - OLDEST_PROTOCOL_NUMBER == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("", 1), ("1", 1), ("2", 2), ("007", 7), ("x", 0), ("-1", 0), ("1.0", 0), ("\u0662", 0), ("9" * 5000, 0)],
+)
+def test_a_number_in_a_header_is_read_or_counts_as_none(text: str, number: int) -> None:
+    assert parse_number(text) == number

@@ -37,7 +37,8 @@ UNITS: Mapping[Mode, tuple[str, ...]] = {
     Mode.SE: ("appliance-se.service", CONSOLE),
     Mode.NONE: (),
 }
-_SYSTEMCTL_TIMEOUT_S = 120.0
+_SYSTEMCTL_TIMEOUT_S = 360.0
+"""More than the units take to start or to stop."""
 
 
 def why_not_systemd(paths: Paths) -> str:

@@ -65,6 +65,9 @@ class Controller(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     source_rate_per_s: Rate = 250.0
     source_burst: Count = 4000
     """A thousand VMs behind one NAT are one source, and each may have to try twice."""
+    image_key_rate_per_s: Rate = 50.0
+    """Requests that one image key may sign, where its own terms say nothing else."""
+    image_key_burst: Count = 1000
     max_unauthenticated: Count = 2000
     max_unauthenticated_per_source: Count = 1000
     handshake_timeout_s: Seconds = 10.0

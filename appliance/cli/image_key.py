@@ -28,6 +28,8 @@ _COLUMNS = (
     Column("POLICY", leaves=1),
     Column("CREATED", leaves=3),
     Column("NETWORKS", leaves=2, least=16),
+    Column("RATE", leaves=5),
+    Column("REFUSED", right=True, leaves=6),
     Column("NOTE", leaves=4, least=12),
 )
 
@@ -56,6 +58,8 @@ def _row(key: ImageKeyView, now: float) -> list[Cell]:
         key.policy.value,
         output.moment(key.created_at, now=now),
         " ".join(key.networks) or "any",
+        f"{key.rate_per_s:g}/s",
+        f"{key.limited:,}",
         key.note or output.NONE,
     ]
 
@@ -79,6 +83,8 @@ def command() -> None:
     help="open: lets in. token: with a token of `appliance token create`. approve: after `appliance se approve`. "
     "hook: as the program of the setting controller.enroll_hook says.",
 )
+@click.option("--rate-per-s", type=click.FloatRange(0.001, 1e6), help="Requests a second.  [default: the settings]")
+@click.option("--burst", type=click.IntRange(1, 1_000_000), help="Requests at once.  [default: the settings]")
 @click.option("--note", default="", help="What it is for.")
 @click.option(
     "--out",
@@ -94,6 +100,8 @@ def create(
     max_uses: int,
     networks: tuple[str, ...],
     policy: str,
+    rate_per_s: float | None,
+    burst: int | None,
     note: str,
     out: Path | None,
 ) -> None:
@@ -103,8 +111,9 @@ def create(
     """
     _check_target(out)
     wish = ImageKeyTermsWish(
-        policy=Policy(policy), expires_in_s=expires, max_uses=max_uses, networks=list(networks), note=note
-    )
+        policy=Policy(policy), expires_in_s=expires, max_uses=max_uses, networks=list(networks), note=note,
+        rate_per_s=rate_per_s or 0.0, burst=burst or 0,
+    )  # fmt: skip
     operator = Operator(context.paths.controller_socket)
     created = operator.create_image_key(wish)
     if str(out) == "-":
@@ -178,7 +187,7 @@ def list_(context: CliContext) -> None:
 @json_option
 @pass_context
 def revoke(context: CliContext, image_key_id: str, reason: str) -> None:
-    """Lets nobody new in by the image key ID, and lists the SEs that came by it; they are left alone."""
+    """Lets nobody new in by the image key ID; names its images, and the SEs that came by it, which are left alone."""
     from appliance.cli import se
 
     revoked = Operator(context.paths.controller_socket).revoke_image_key(image_key_id, reason=reason)
@@ -188,6 +197,8 @@ def revoke(context: CliContext, image_key_id: str, reason: str) -> None:
     console = output.screen()
     came = f"{output.count(len(revoked.ses), 'SE')} came by it" if revoked.ses else "no SE came by it"
     output.say(console, f"{revoked.key.image_key_id} is revoked; {came}")
+    for image in revoked.images:
+        output.say(console, output.clean(f"it is in the image {image.name} ({image.image_id})"))
     if revoked.ses:
         console.print()
         se.print_table(console, revoked.ses, now=time.time())

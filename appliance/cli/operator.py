@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 from urllib.parse import quote, urlencode
 
 import msgspec
@@ -24,6 +24,7 @@ import msgspec
 from appliance.errors import ApplianceError, NotFoundError, UnreachableError, UsageError
 from appliance.protocol import strict_json
 from appliance.protocol.fleet import SeSummary
+from appliance.protocol.image import ImageReport
 from appliance.protocol.operator import (
     Approval,
     AuditEntry,
@@ -32,10 +33,15 @@ from appliance.protocol.operator import (
     Drained,
     Event,
     Finish,
+    ImageDetail,
     ImageKeyCreated,
     ImageKeyRevoked,
     ImageKeyTermsWish,
     ImageKeyView,
+    ImageList,
+    ImageRevocation,
+    ImageRevoked,
+    ImageView,
     PendingView,
     Reasoned,
     ReceiptsApproved,
@@ -133,6 +139,23 @@ class Operator:
     def revoke_image_key(self, image_key_id: str, *, reason: str) -> ImageKeyRevoked:
         """Nobody new comes in by this key; tells who did."""
         return self._post(f"/v1/image-keys/{_part(image_key_id)}/revoke", ImageKeyRevoked, Reasoned(reason=reason))
+
+    def images(self) -> ImageList:
+        """The ledger of images, and what SEs name beside it."""
+        return self._get("/v1/images", ImageList)
+
+    def image(self, subject: str) -> ImageDetail:
+        """One image by id, name or the SHA-256 of one of its files, with the SEs that name it."""
+        return self._get(f"/v1/images/{_part(subject)}", ImageDetail)
+
+    def add_image(self, report: ImageReport) -> ImageView:
+        """Takes an image into the ledger."""
+        return self._post("/v1/images", ImageView, report)
+
+    def revoke_image(self, subject: str, *, key: Literal["ask", "revoke", "keep"], reason: str) -> ImageRevoked:
+        """Nobody new comes in by this image; tells who did."""
+        wish = ImageRevocation(reason=reason, key=key)
+        return self._post(f"/v1/images/{_part(subject)}/revoke", ImageRevoked, wish)
 
     def tokens(self) -> list[TokenView]:
         """All tokens, oldest first."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from appliance.protocol.enroll import check_networks
+from appliance.protocol.source import check_networks
 
 _DURATION = re.compile(r"(\d{1,9})(s|m|h|d|w)")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}

@@ -39,6 +39,7 @@ _NOUNS = {
     "why": ("appliance.cli.why", "Tell where an SE's way into the fleet stopped, and why."),
     "controller": ("appliance.cli.controller", "Make and show this controller."),
     "enroll": ("appliance.cli.enroll", "On an SE: give it a token or a seed, or enroll it anew."),
+    "image": ("appliance.cli.image", "List, show and revoke built images."),
     "image-key": ("appliance.cli.image_key", "Create, list and revoke image keys."),
     "token": ("appliance.cli.token", "Create, list and revoke tokens for single VMs."),
     "se": ("appliance.cli.se", "List, show, approve, revoke, reinstate and delete SEs."),

@@ -111,6 +111,7 @@ class Admission:
             self._image_key(image_key_id), registry.se(request.se_id), registry.se_by_key(thumbprint)
         )  # fmt: skip
         token, fault = self._judge(request, image_key_id=image_key_id)
+        image = registry.image(request.facts.image_digest)
         verdict = decide(
             request.se_id,
             thumbprint,
@@ -119,7 +120,7 @@ class Admission:
             terms=key.terms,
             source=source,
             now=int(now),
-            evidence=Evidence(fault, hook),
+            evidence=Evidence(fault, hook, image_revoked=image is not None and image.revoked_at > 0),
         )
         if verdict.decision is Decision.ASK_HOOK:
             return Enrolled(verdict, None)

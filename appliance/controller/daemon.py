@@ -141,7 +141,10 @@ class Controller:
     async def _tend(self) -> None:
         parts = self.parts
         life_s = parts.settings.controller.pending_life_s
-        await tend(parts.admission, parts.tokens, parts.fleet, parts.events, pending_life_s=life_s)
+        await tend(
+            parts.admission, parts.tokens, parts.fleet, parts.events,
+            key_rates=parts.key_rates, pending_life_s=life_s, monotonic=parts.clock.monotonic,
+        )  # fmt: skip
 
     async def _watchdog(self) -> None:
         interval_s = systemd.watchdog_interval_s()

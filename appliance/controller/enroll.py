@@ -1,5 +1,5 @@
-"""Stage enroll on HTTPS 8443: nonce, enroll, refresh, rejoin. Order: rate limit, size, form, signatures, freshness,
-table, store, answer.
+"""Stage enroll on HTTPS 8443: nonce, enroll, refresh, rejoin. Order: rate limit, size, form, signatures, rate limit of
+the image key, freshness, table, store, answer.
 
 Nothing is parsed before the rate limit, nothing believed before the signatures. Which key verifies which signature
 is decided here: the first by the stored image key its `kid` names, the second by the key inside the payload, whose
@@ -9,6 +9,7 @@ fingerprint its `kid` must be. A rejoin has that one alone; what speaks for it i
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable
 
@@ -17,9 +18,9 @@ from appliance.controller.attempts import Attempts
 from appliance.controller.events import Events
 from appliance.controller.hook import EnrollHook, Facts
 from appliance.controller.nonce import Nonces
-from appliance.controller.rate import Rates
+from appliance.controller.rate import KeyRates, Rates
 from appliance.controller.receipts import Receipts
-from appliance.controller.records import SeRecord
+from appliance.controller.records import ImageKeyRecord, SeRecord
 from appliance.controller.recovery import Recovery
 from appliance.controller.registry import Registry
 from appliance.controller.trust import Publication
@@ -71,6 +72,7 @@ class EnrollApi:
         trust: Publication,
         nonces: Nonces,
         rates: Rates,
+        key_rates: KeyRates,
         interval_s: Callable[[], float],
         may_store: Callable[[], bool],
         wall: Callable[[], float],
@@ -90,6 +92,7 @@ class EnrollApi:
         self._trust = trust
         self._nonces = nonces
         self._rates = rates
+        self._key_rates = key_rates
         self._interval_s = interval_s
         self._may_store = may_store
         self._wall = wall
@@ -122,7 +125,14 @@ class EnrollApi:
     # Refusing.
 
     def _refusal(
-        self, request: Request, refusal: Refusals, detail: str = "", *, step: Step = Step.GRANT, said_id: str = ""
+        self,
+        request: Request,
+        refusal: Refusals,
+        detail: str = "",
+        *,
+        step: Step = Step.GRANT,
+        said_id: str = "",
+        retry_after_s: int = 0,
     ) -> ProblemError:
         source = request.state.source
         self.refusals[refusal.value.code] += 1
@@ -133,13 +143,21 @@ class EnrollApi:
                 code=refusal.value.code, text=f"{refusal.value.title}{': ' + detail if detail else ''}",
                 hint=refusal.value.advice,
             )  # fmt: skip
-        return ProblemError(refusal.problem(detail=detail, nonce=fresh))
+        return ProblemError(refusal.problem(detail=detail, nonce=fresh, retry_after_s=retry_after_s))
 
     def _limit(self, request: Request, step: Step) -> None:
         if self.draining:
             raise self._refusal(request, Refusals.DRAINING, step=step)
         if not self._rates.allow(request.state.source, self._monotonic()):
             raise self._refusal(request, Refusals.RATE, step=step)
+
+    def _limit_key(self, request: Request, key: ImageKeyRecord, se_id: str) -> None:
+        """Before the nonce is used up: who waits as told may bring the same one."""
+        wait_s = self._key_rates.wait_s(key.image_key_id, self._monotonic(), rate_per_s=key.rate_per_s, burst=key.burst)
+        if wait_s:
+            raise self._refusal(
+                request, Refusals.IMAGE_KEY_RATE, key.image_key_id, said_id=se_id, retry_after_s=math.ceil(wait_s)
+            )
 
     # The four requests.
 
@@ -187,6 +205,7 @@ class EnrollApi:
             raise self._refusal(request, Refusals.SIGNATURE, "by the image key")
         if not signatures.verify(by_se, wish.se_key):
             raise self._refusal(request, Refusals.SIGNATURE, "by the SE's key")
+        self._limit_key(request, image_key, wish.se_id)
         self._check_freshness(request, wish.audience, wish.nonce)
         outcome = await self._decided(request, wish, thumbprint, image_key.image_key_id)
         if outcome.verdict.decision is Decision.ASK_HOOK:

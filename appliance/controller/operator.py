@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from ipaddress import ip_network
 from typing import Any
 
 import msgspec
@@ -17,13 +16,12 @@ import msgspec
 from appliance.controller.attempts import Attempts
 from appliance.controller.events import Events
 from appliance.controller.fleet import Fleet
-from appliance.controller.init import make_bundle
 from appliance.controller.material import Material
-from appliance.controller.records import ImageKeyRecord, SeRecord
+from appliance.controller.records import SeRecord
 from appliance.controller.registry import Registry
 from appliance.controller.web import MAX_NUMBER, Endpoint, ProblemError, Request, simple_problem
 from appliance.errors import ApplianceError, NotFoundError, UsageError
-from appliance.protocol.enroll import Policy, Refusals, SeStatus
+from appliance.protocol.enroll import Refusals, SeStatus
 from appliance.protocol.fleet import Reason, SeSummary, unconfined
 from appliance.protocol.operator import (
     AuditEntry,
@@ -31,11 +29,6 @@ from appliance.protocol.operator import (
     ControllerView,
     Drained,
     Event,
-    ImageKeyCreated,
-    ImageKeyRevoked,
-    ImageKeyTermsWish,
-    ImageKeyView,
-    Reasoned,
     SeDetail,
     StatusView,
 )
@@ -67,7 +60,6 @@ class OperatorApi:
     def __init__(
         self,
         *,
-        material: Material,
         registry: Registry,
         fleet: Fleet,
         events: Events,
@@ -76,11 +68,8 @@ class OperatorApi:
         refusals: Callable[[], Counter[str]],
         problems: Callable[[], list[str]],
         drain: Callable[[], None],
-        has_hook: bool,
         wall: Callable[[], float],
     ) -> None:
-        """`has_hook` tells whether the setting `enroll_hook` names a program."""
-        self._material = material
         self._registry = registry
         self._fleet = fleet
         self._events = events
@@ -89,7 +78,6 @@ class OperatorApi:
         self._refusals = refusals
         self._problems = problems
         self._drain = drain
-        self._has_hook = has_hook
         self._wall = wall
 
     def endpoints(self) -> list[Endpoint]:
@@ -105,15 +93,6 @@ class OperatorApi:
                 query=("since",), errors=no,
             ),
             Endpoint("GET", "/v1/why/{subject}", self.why, "The causal chain", {200: Chain}, errors=no),
-            Endpoint("GET", "/v1/image-keys", self.image_keys, "All image keys", {200: list[ImageKeyView]}),
-            Endpoint(
-                "POST", "/v1/image-keys", self.create_image_key, "Make an image key", {201: ImageKeyCreated},
-                ImageKeyTermsWish, errors=(400,),
-            ),
-            Endpoint(
-                "POST", "/v1/image-keys/{key}/revoke", self.revoke_image_key, "Revoke an image key",
-                {200: ImageKeyRevoked}, Reasoned, errors=no,
-            ),
             Endpoint(
                 "GET", "/v1/events", self.events, "Events, newest last", {200: list[Event]}, query=("after", "wait_s"),
                 errors=(400,),
@@ -264,63 +243,6 @@ class OperatorApi:
             return Link(step=Step.GRANT, result=StepResult.FAILED, at=record.status_at, text=text, code=code, hint=hint)
         text = f"number {record.number}, image key {record.image_key_id}"
         return Link(step=Step.GRANT, result=StepResult.OK, at=at, text=text)
-
-    # Image keys.
-
-    def _key_view(self, record: ImageKeyRecord) -> ImageKeyView:
-        status = "active"
-        if record.revoked_at:
-            status = "revoked"
-        elif self._wall() >= record.expires_at:
-            status = "expired"
-        elif not record.is_active(self._wall()):
-            status = "used-up"
-        return ImageKeyView(
-            image_key_id=record.image_key_id,
-            policy=record.policy,
-            created_at=record.created_at,
-            expires_at=record.expires_at,
-            max_uses=record.max_uses,
-            uses=record.uses,
-            networks=list(record.networks),
-            note=record.note,
-            status=status,
-        )
-
-    async def image_keys(self, _request: Request, _body: None) -> list[ImageKeyView]:
-        """All image keys."""
-        return [self._key_view(record) for record in self._registry.image_keys()]
-
-    async def create_image_key(self, request: Request, wish: ImageKeyTermsWish) -> ImageKeyCreated:
-        """Makes an image key; its private half is in the answer and nowhere else."""
-        faults = []
-        if wish.policy is Policy.HOOK and not self._has_hook:
-            faults.append("policy 'hook': the setting controller.enroll_hook names no program")
-        if not 60 <= wish.expires_in_s <= 10 * 366 * 86400:
-            faults.append(f"expires_in_s {wish.expires_in_s}: from a minute to ten years expected")
-        if not 1 <= wish.max_uses <= 1_000_000:
-            faults.append(f"max_uses {wish.max_uses}: 1 to 1000000 expected")
-        for network in wish.networks:
-            try:
-                ip_network(network)
-            except ValueError as error:
-                faults.append(f"network {network!r}: {error}")
-        if faults:
-            detail = "; ".join(faults)
-            raise ProblemError(simple_problem(400, "USAGE-001", "The terms don't hold", detail=detail))
-        record, identity = await self._registry.create_image_key(wish, actor=request.state.actor)
-        bundle = make_bundle(self._material, record, identity)
-        return ImageKeyCreated(key=self._key_view(record), bundle=bundle)
-
-    async def revoke_image_key(self, request: Request, body: Reasoned) -> ImageKeyRevoked:
-        """Revokes an image key and names the SEs that came by it."""
-        key_id = request.path_params["key"]
-        try:
-            record = await self._registry.revoke_image_key(key_id, actor=request.state.actor, reason=body.reason)
-        except NotFoundError as error:
-            raise _found(error, 404) from None
-        came = [entry for entry in self._registry.ses() if entry.image_key_id == key_id]
-        return ImageKeyRevoked(key=self._key_view(record), ses=[self._fleet.summary(entry) for entry in came])
 
     # Events and audit.
 

@@ -23,14 +23,16 @@ from appliance.controller.enroll import EnrollApi
 from appliance.controller.events import Events
 from appliance.controller.fleet import Fleet
 from appliance.controller.hook import EnrollHook
+from appliance.controller.images import Images
 from appliance.controller.link import Link
 from appliance.controller.listener import FrontEnd, HttpLimits
 from appliance.controller.material import Files, Material
 from appliance.controller.nonce import Nonces
 from appliance.controller.operator import OperatorApi, views
 from appliance.controller.operator_enroll import AdmissionApi
+from appliance.controller.operator_images import ImagesApi
 from appliance.controller.operator_trust import TrustApi
-from appliance.controller.rate import Rates
+from appliance.controller.rate import KeyRates, Rates
 from appliance.controller.registry import Registry
 from appliance.controller.renewal import Renewal
 from appliance.controller.reverse import ReversePath
@@ -114,6 +116,7 @@ class Parts:
         self.tokens = Tokens(self.registry, wall=clock.now)
         self.hook = EnrollHook(terms.enroll_hook)
         self.kept = Safekeeping(self.material, self.registry, store, self.events, terms=terms, wall=clock.now)
+        self.key_rates = KeyRates(rate_per_s=terms.image_key_rate_per_s, burst=terms.image_key_burst)
         self.enroll_api = EnrollApi(
             self.registry,
             self.events,
@@ -134,6 +137,7 @@ class Parts:
                 source_burst=terms.source_burst,
                 now=clock.monotonic(),
             ),
+            key_rates=self.key_rates,
             interval_s=lambda: self.fleet.interval_s,
             may_store=self._has_room,
             wall=clock.now,
@@ -151,7 +155,6 @@ class Parts:
             wall=clock.now,
         )
         operator_api = OperatorApi(
-            material=self.material,
             registry=self.registry,
             fleet=self.fleet,
             events=self.events,
@@ -160,6 +163,15 @@ class Parts:
             refusals=lambda: self.enroll_api.refusals,
             problems=self.problems,
             drain=self.drain,
+            wall=clock.now,
+        )
+        images_api = ImagesApi(
+            self.registry,
+            Images(self.registry, cluster_id=cluster.cluster_id, wall=clock.now),
+            self.fleet,
+            self.events,
+            material=self.material,
+            key_rates=self.key_rates,
             has_hook=bool(terms.enroll_hook),
             wall=clock.now,
         )
@@ -182,6 +194,7 @@ class Parts:
         )
         operator_endpoints = [
             *operator_api.endpoints(),
+            *images_api.endpoints(),
             *admission_api.endpoints(),
             *trust_api.endpoints(),
             *self.kept.endpoints(admission_api.approve_record),

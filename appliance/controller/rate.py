@@ -5,11 +5,14 @@ Pure: time is an argument (monotonic seconds). A source is an IPv4 address or th
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from ipaddress import IPv6Address, IPv6Network
 
 MAX_SOURCES = 4096
 """Sources remembered at a time; the one not heard of for the longest is forgotten first."""
+
+TOLD_EVERY_S = 600.0
+"""A flood by one image key makes so seldom an audit entry."""
 
 
 def network_of(source: str) -> str:
@@ -44,6 +47,10 @@ class Bucket:
         self._tokens -= 1
         return True
 
+    def wait_s(self, *, rate_per_s: float) -> float:
+        """Seconds until there is a token again, as it was when last asked."""
+        return max(0.0, 1 - self._tokens) / rate_per_s
+
 
 class Rates:
     """One global bucket and one for each source. A thousand VMs behind one NAT are one source: choose bursts so."""
@@ -68,3 +75,34 @@ class Rates:
         if not bucket.take(now, rate_per_s=self._source_rate[0], burst=self._source_rate[1]):
             return False
         return self._global.take(now, rate_per_s=self._rate[0], burst=self._rate[1])
+
+
+class KeyRates:
+    """One bucket for each image key, asked after its signature was verified: nobody else can drain it.
+
+    There are no more buckets than image keys in the store. A key's own terms go before the ones given here.
+    """
+
+    def __init__(self, *, rate_per_s: float, burst: int) -> None:
+        self.rate_per_s, self.burst = rate_per_s, burst
+        self._buckets: dict[str, Bucket] = {}
+        self.limited: Counter[str] = Counter()
+        """Image key id to refused requests since start."""
+        self._untold: Counter[str] = Counter()
+        self._told_at: dict[str, float] = {}
+
+    def wait_s(self, image_key_id: str, now: float, *, rate_per_s: float, burst: int) -> float:
+        """Takes one request of a key; 0 where it may pass, else how many seconds it should wait."""
+        rate_per_s, burst = rate_per_s or self.rate_per_s, burst or self.burst
+        bucket = self._buckets.setdefault(image_key_id, Bucket(burst, now))
+        if bucket.take(now, rate_per_s=rate_per_s, burst=burst):
+            return 0.0
+        self.limited[image_key_id] += 1
+        self._untold[image_key_id] += 1
+        return bucket.wait_s(rate_per_s=rate_per_s)
+
+    def tell(self, now: float) -> dict[str, int]:
+        """Returns refused requests by key that weren't told yet; of one key again only after `TOLD_EVERY_S`."""
+        due = [key for key in self._untold if now - self._told_at.get(key, -TOLD_EVERY_S) >= TOLD_EVERY_S]
+        self._told_at.update(dict.fromkeys(due, now))
+        return {key: self._untold.pop(key) for key in due}

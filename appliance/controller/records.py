@@ -5,6 +5,7 @@ key/<thumbprint>      se_id: which SE a key belongs to
 number/<number>       se_id, number zero-padded so that a range is in order
 number-next           the next SE number; only ever grows
 image-key/<id>        ImageKeyRecord
+image/<id>            ImageRecord
 token/<digest>        TokenRecord
 recovery              recovery.RecoveryRecord, after a restore
 nonce/<nonce>         "", leased until the nonce would be stale anyway
@@ -31,6 +32,7 @@ KEY_PREFIX = "key/"
 NUMBER_PREFIX = "number/"
 NUMBER_NEXT = "number-next"
 IMAGE_KEY_PREFIX = "image-key/"
+IMAGE_PREFIX = "image/"
 TOKEN_PREFIX = "token/"  # noqa: S105 - where they are kept
 NONCE_PREFIX = "nonce/"
 
@@ -106,11 +108,22 @@ class ImageKeyRecord(msgspec.Struct, frozen=True, kw_only=True):
     networks: tuple[str, ...] = ()
     note: str = ""
     revoked_at: int = 0
+    rate_per_s: float = 0.0
+    """Requests that it may sign a second, and at once; 0 each: as the settings say."""
+    burst: int = 0
 
     @property
     def store_key(self) -> str:
         """Where it is stored."""
         return image_key_key(self.image_key_id)
+
+    def status(self, now: float) -> str:
+        """`active`, `revoked`, `expired` or `used-up`; `now` is seconds since 1970."""
+        if self.revoked_at:
+            return "revoked"
+        if now >= self.expires_at:
+            return "expired"
+        return "active" if self.is_active(now) else "used-up"
 
     def is_active(self, now: float) -> bool:
         """Whether somebody may still come by it; `now` is seconds since 1970."""
@@ -127,6 +140,36 @@ class ImageKeyRecord(msgspec.Struct, frozen=True, kw_only=True):
             uses=self.uses,
             networks=self.networks,
         )
+
+
+class ImageRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One built image, as the report beside it says. Times are seconds since 1970, 0 where it has not happened."""
+
+    image_id: str
+    name: str
+    image_key_id: str
+    added_at: int
+    baked_at: int
+    files: list[tuple[str, str]]
+    """Name and SHA-256 of each file; a build again of other forms adds its own."""
+    also: list[str] = []
+    """Further ids that SEs of it name."""
+    agent_version: str = ""
+    agent_digest: str = ""
+    system: str = ""
+    recipe_digest: str = ""
+    revoked_at: int = 0
+    reason: str = ""
+
+    @property
+    def store_key(self) -> str:
+        """Where it is stored."""
+        return IMAGE_PREFIX + self.image_id
+
+    @property
+    def ids(self) -> list[str]:
+        """All ids that SEs of it name."""
+        return [self.image_id, *self.also]
 
 
 class TokenRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -159,7 +202,7 @@ class TokenRecord(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-Record = SeRecord | ImageKeyRecord | TokenRecord
+Record = SeRecord | ImageKeyRecord | ImageRecord | TokenRecord
 
 
 def se_key(se_id: str) -> str:

@@ -21,7 +21,7 @@ import msgspec
 
 from appliance.controller import records
 from appliance.controller.audit import Audit
-from appliance.controller.records import ImageKeyRecord, Record, SeRecord, TokenRecord
+from appliance.controller.records import ImageKeyRecord, ImageRecord, Record, SeRecord, TokenRecord
 from appliance.controller.store.port import Compare, Delete, Op, Put, Store
 from appliance.errors import NotFoundError, StoreError, UsageError
 from appliance.pki import ssh_keys
@@ -34,7 +34,7 @@ from appliance.storage.reserve import Reserve
 
 _log = logging.getLogger(__name__)
 
-R = TypeVar("R", SeRecord, ImageKeyRecord, TokenRecord)
+R = TypeVar("R", SeRecord, ImageKeyRecord, ImageRecord, TokenRecord)
 
 PAGE = 1000
 
@@ -65,6 +65,9 @@ class Registry:
         self._by_key: dict[str, str] = {}
         self._by_number: dict[int, str] = {}
         self._image_keys: dict[str, _Kept[ImageKeyRecord]] = {}
+        self._images: dict[str, _Kept[ImageRecord]] = {}
+        self._by_image_id: dict[str, str] = {}
+        """Each id that SEs name to that of the record."""
         self._tokens: dict[str, _Kept[TokenRecord]] = {}
         self.next_number = 1
         self._reserved: set[str] = set()
@@ -104,6 +107,8 @@ class Registry:
             self._forget(self._ses[se_id].record)
         async for key, value, revision in self._all(records.IMAGE_KEY_PREFIX):
             self._remember(records.decode(value, ImageKeyRecord, key), revision)
+        async for key, value, revision in self._all(records.IMAGE_PREFIX):
+            self._remember(records.decode(value, ImageRecord, key), revision)
         self._tokens.clear()
         async for key, value, revision in self._all(records.TOKEN_PREFIX):
             self._remember(records.decode(value, TokenRecord, key), revision)
@@ -140,6 +145,10 @@ class Registry:
             self._image_keys[record.image_key_id] = _Kept(record, revision)
             self._reserved.add(ssh_keys.fingerprint(record.public_key))
             return
+        if isinstance(record, ImageRecord):
+            self._images[record.image_id] = _Kept(record, revision)
+            self._by_image_id.update(dict.fromkeys(record.ids, record.image_id))
+            return
         if isinstance(record, TokenRecord):
             self._tokens[record.digest] = _Kept(record, revision)
             return
@@ -161,6 +170,8 @@ class Registry:
             return self._ses.get(record.se_id)
         if isinstance(record, ImageKeyRecord):
             return self._image_keys.get(record.image_key_id)
+        if isinstance(record, ImageRecord):
+            return self._images.get(record.image_id)
         return self._tokens.get(record.digest)
 
     async def nonce_used(self, nonce: str, now: float) -> tuple[Compare, Put]:
@@ -220,6 +231,15 @@ class Registry:
     def image_key(self, image_key_id: str) -> ImageKeyRecord | None:
         """The image key of that id."""
         found = self._image_keys.get(image_key_id)
+        return found.record if found else None
+
+    def images(self) -> list[ImageRecord]:
+        """All images, oldest first."""
+        return sorted((kept.record for kept in self._images.values()), key=lambda record: record.added_at)
+
+    def image(self, image_id: str) -> ImageRecord | None:
+        """The image whose SEs name that id."""
+        found = self._images.get(self._by_image_id.get(image_id, ""))
         return found.record if found else None
 
     def tokens(self) -> list[TokenRecord]:
@@ -397,6 +417,8 @@ class Registry:
             max_uses=wish.max_uses,
             networks=tuple(wish.networks),
             note=wish.note,
+            rate_per_s=wish.rate_per_s,
+            burst=wish.burst,
         )
         async with self.turn():
             detail = f"policy {record.policy.value}, max uses {record.max_uses}, expires at {record.expires_at}"
@@ -406,14 +428,18 @@ class Registry:
     async def revoke_image_key(self, image_key_id: str, *, actor: str, reason: str) -> ImageKeyRecord:
         """Revokes an image key; SEs that came by it are left alone. Revoking twice changes nothing."""
         async with self.turn():
-            if image_key_id not in self._image_keys:
-                raise NotFoundError(f"no image key {image_key_id!r} is known", hint="see `appliance image-key list`")
-            record = self._image_keys[image_key_id].record
-            if record.revoked_at:
-                return record
-            revoked = msgspec.structs.replace(record, revoked_at=int(self._wall()))
-            await self.commit(revoked, actor=actor, action="image-key.revoked", subject=image_key_id, detail=reason)
-            return revoked
+            return await self.revoke_key_in_turn(image_key_id, actor=actor, reason=reason)
+
+    async def revoke_key_in_turn(self, image_key_id: str, *, actor: str, reason: str) -> ImageKeyRecord:
+        """The same for a caller that holds the turn."""
+        record = self.image_key(image_key_id)
+        if record is None:
+            raise NotFoundError(f"no image key {image_key_id!r} is known", hint="see `appliance image-key list`")
+        if record.revoked_at:
+            return record
+        revoked = msgspec.structs.replace(record, revoked_at=int(self._wall()))
+        await self.commit(revoked, actor=actor, action="image-key.revoked", subject=image_key_id, detail=reason)
+        return revoked
 
 
 def drift(record: SeRecord) -> list[str]:

@@ -15,7 +15,7 @@ State is looked up first, by se_id *and* by key; `decide` is the whole table:
     se_id enrolled     same key, no hello yet GRANT_AGAIN (counted once: a lost answer strands nobody)
     se_id enrolled     same key, hello seen   refuse SPENT (the image key is used up for this SE; refresh is the way)
     se_id enrolled     other key              refuse CONFLICT, the existing SE is not touched
-    unknown            image key's terms, then its policy:
+    unknown            its image revoked: IMAGE_REVOKED; then the image key's terms, then its policy:
                          open                 GRANT_NEW
                          token                GRANT_NEW with a good token, else that token's refusal
                          approve              PENDING
@@ -39,14 +39,13 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Sequence
-from ipaddress import ip_address, ip_network
 from typing import NamedTuple
 
 import msgspec
 
 from appliance.protocol.problem import Problem
 from appliance.protocol.seed import Hints
+from appliance.protocol.source import is_allowed
 from appliance.protocol.trust import Envelope
 
 NONCE_PATH = "/v1/enroll/nonce"
@@ -264,12 +263,22 @@ class Refusals(Refusal, enum.Enum):
         60,
     )
 
+    IMAGE_REVOKED = Refusal(
+        "ENROLL-039", 403, "The image was revoked", "Deploy from a current image; see `appliance image list`.", 600
+    )
+    IMAGE_KEY_RATE = Refusal(
+        "ENROLL-040",
+        429,
+        "Too many requests by this image key",
+        "Wait as told; the agent does so by itself. If these are not your VMs: `appliance image-key revoke`.",
+        1,
+    )
     DRAINING = Refusal(
         "ENROLL-038", 503, "The controller admits nobody now", "It is about to stop; the agent tries again.", 10
     )
 
-    def problem(self, *, detail: str = "", nonce: str = "") -> Problem:
-        """Returns the problem document of this refusal (RFC 9457)."""
+    def problem(self, *, detail: str = "", nonce: str = "", retry_after_s: int = 0) -> Problem:
+        """Returns the problem document of this refusal (RFC 9457); `retry_after_s` 0 takes the table's."""
         return Problem(
             type=f"/problems/{self.value.code}",
             title=self.value.title,
@@ -278,7 +287,7 @@ class Refusals(Refusal, enum.Enum):
             detail=detail,
             advice=self.value.advice,
             nonce=nonce,
-            retry_after_s=self.value.retry_after_s,
+            retry_after_s=retry_after_s or self.value.retry_after_s,
         )
 
 
@@ -340,6 +349,8 @@ class Evidence(NamedTuple):
     """Why its token isn't good (`protocol.token.judge`), None where it is."""
     hook: Hook | None = None
     """None: not asked yet."""
+    image_revoked: bool = False
+    """The image that it says it is from was revoked. Its own word: a liar names another one."""
 
 
 class Decision(enum.Enum):
@@ -372,32 +383,6 @@ REFUSED_STATUS = {
 }
 
 
-def _allowed_source(source: str, networks: tuple[str, ...]) -> bool:
-    if not networks:
-        return True
-    try:
-        address = ip_address(source)
-    except ValueError:
-        return False
-    # A listener on [::] sees IPv4 clients as ::ffff:a.b.c.d; the operator wrote a.b.c.0/24.
-    mapped = getattr(address, "ipv4_mapped", None)
-    return any((mapped or address) in ip_network(network) for network in networks)
-
-
-def check_networks(networks: Sequence[str]) -> list[str]:
-    """Returns what is wrong with an image key's source networks, one sentence each; empty where they hold.
-
-    `decide` expects networks that passed here: a key is refused when it is made, not each time it is used.
-    """
-    problems = []
-    for network in networks:
-        try:
-            ip_network(network)
-        except ValueError as error:
-            problems.append(f"network {network!r}: {error}; write a network such as 192.0.2.0/24")
-    return problems
-
-
 _BY_HOOK = {
     None: Verdict(Decision.ASK_HOOK),
     Hook.ALLOW: Verdict(Decision.GRANT_NEW),
@@ -407,14 +392,16 @@ _BY_HOOK = {
 
 
 def decide_unknown(terms: ImageKeyTerms, *, source: str, now: int, evidence: Evidence = Evidence()) -> Verdict:  # noqa: B008 - frozen
-    """Decides for an SE nobody has seen: the image key's terms, then its policy."""
+    """Decides for an SE nobody has seen: its image, the image key's terms, then its policy."""
+    if evidence.image_revoked:
+        return _refuse(Refusals.IMAGE_REVOKED)
     if terms.revoked:
         return _refuse(Refusals.IMAGE_KEY_REVOKED)
     if now >= terms.expires_at:
         return _refuse(Refusals.IMAGE_KEY_EXPIRED)
     if terms.uses >= terms.max_uses:
         return _refuse(Refusals.IMAGE_KEY_USED_UP)
-    if not _allowed_source(source, terms.networks):
+    if not is_allowed(source, terms.networks):
         return _refuse(Refusals.SOURCE)
     by_policy = {
         Policy.OPEN: Verdict(Decision.GRANT_NEW),
@@ -446,7 +433,7 @@ def decide(
         terms: those of the image key whose signature was verified.
         source: the peer's IP address as text.
         now: the controller's time, seconds since 1970.
-        evidence: of token and hook.
+        evidence: of token, hook and image.
     """
     if by_key is not None and by_key.se_id != se_id:
         return _refuse(Refusals.CLONED_KEY)

@@ -12,6 +12,10 @@
     GET  /v1/image-keys                      list[ImageKeyView]
     POST /v1/image-keys                      ImageKeyCreated          body: ImageKeyTermsWish
     POST /v1/image-keys/{id}/revoke          ImageKeyRevoked          body: Reasoned
+    GET  /v1/images                          ImageList
+    POST /v1/images                          ImageView                body: ImageReport (protocol.image)
+    GET  /v1/images/{image}                  ImageDetail              {image}: id, name or SHA-256 of one of its files
+    POST /v1/images/{image}/revoke           ImageRevoked             body: ImageRevocation
     GET  /v1/tokens                          list[TokenView]
     POST /v1/tokens                          TokenCreated             body: TokenWish
     POST /v1/tokens/{id}/revoke              TokenView                body: Reasoned
@@ -33,6 +37,8 @@ Errors are problem documents (protocol.problem). Times are seconds since 1970.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import msgspec
 
@@ -106,6 +112,9 @@ class ImageKeyTermsWish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     max_uses: int = 500
     networks: list[str] = []
     note: str = ""
+    rate_per_s: float = 0.0
+    """Requests that it may sign a second, and `burst` at once; 0 each: as the controller's settings say."""
+    burst: int = 0
 
 
 class ImageKeyView(msgspec.Struct, kw_only=True):
@@ -121,6 +130,12 @@ class ImageKeyView(msgspec.Struct, kw_only=True):
     note: str
     status: str
     """`active`, `expired`, `used-up` or `revoked`."""
+    rate_per_s: float = 0.0
+    burst: int = 0
+    limited: int = 0
+    """Requests refused since the controller's start because they were more than that."""
+    images: list[str] = []
+    """Ids of the images in the ledger that carry it."""
 
 
 class ImageKeyCreated(msgspec.Struct, kw_only=True):
@@ -130,11 +145,74 @@ class ImageKeyCreated(msgspec.Struct, kw_only=True):
     bundle: Bundle
 
 
+class ImageView(msgspec.Struct, kw_only=True):
+    """An image. Times are seconds since 1970, 0 where it has not happened."""
+
+    image_id: str
+    name: str
+    """"" where the ledger doesn't have it."""
+    status: str
+    """`live`, `revoked`, `key revoked`, `key expired`, `key used-up`, or `unknown`: SEs name it, the ledger doesn't."""
+    image_key_id: str
+    ses: int
+    """SEs that name it; their own word, but for the image key that they came by."""
+    key_uses: int = 0
+    key_max_uses: int = 0
+    key_expires_at: int = 0
+    baked_at: int = 0
+    added_at: int = 0
+    revoked_at: int = 0
+    reason: str = ""
+    agent_version: str = ""
+    agent_digest: str = ""
+    system: str = ""
+    recipe_digest: str = ""
+    also: list[str] = []
+    files: list[tuple[str, str]] = []
+    """Name and SHA-256."""
+
+
+class ImageList(msgspec.Struct, kw_only=True):
+    """The ledger, oldest first, and ids that only SEs name."""
+
+    images: list[ImageView]
+    unknown: list[ImageView]
+
+
+class ImageDetail(msgspec.Struct, kw_only=True):
+    """One image, and the SEs that name it."""
+
+    image: ImageView
+    ses: list[SeSummary]
+
+
+class ImageRevocation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Revokes an image. `key` says what becomes of its image key where other live images carry it too."""
+
+    reason: str = ""
+    key: Literal["ask", "revoke", "keep"] = "ask"
+    """`ask` refuses where there are others, and names them."""
+
+
+class ImageRevoked(msgspec.Struct, kw_only=True):
+    """A revoked image."""
+
+    image: ImageView
+    key_revoked: bool
+    others: list[ImageView]
+    """Other images with the same image key: dead with it, or the way in for whoever names one of them."""
+    ses: list[SeSummary]
+    """SEs that name this image."""
+    by_key: list[SeSummary]
+    """SEs that came by its image key and name another image, or none: who lies about its image is among them."""
+
+
 class ImageKeyRevoked(msgspec.Struct, kw_only=True):
-    """A revoked key and who came by it."""
+    """A revoked key, who came by it, and the images that carry it."""
 
     key: ImageKeyView
     ses: list[SeSummary]
+    images: list[ImageView] = []
 
 
 class Approval(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -173,6 +173,7 @@ def test_every_operator_operation_answers_as_documented(controller: RunningContr
             "subject": ["asked", "127.0.0.1", attempt_id, "nobody"],
             "key": [controller.bundle.image_key_id, "ik-none"],
             "token": ["nobody"],
+            "image": ["seed-0123456789abcdef", "nobody"],
             "kind": ["ca", "host-key", "login-key", "nothing"],
         }
         operations = [(name, method) for name, item in document["paths"].items() for method in item]

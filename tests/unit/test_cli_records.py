@@ -77,7 +77,7 @@ def creating(double: OperatorDouble) -> OperatorDouble:
 def test_create_writes_the_bundle_for_its_owner_only(creating: OperatorDouble, cli: Cli, tmp_path: Path) -> None:
     code, out, _ = cli(
         "image-key", "create", "--expires", "2w", "--max-uses", "7", "--network", "192.0.2.0/24", "--network",
-        "2001:db8::/32", "--note", "edge",
+        "2001:db8::/32", "--note", "edge", "--rate-per-s", "2.5", "--burst", "40",
     )  # fmt: skip
     file = tmp_path / "work/ik-0123456789ab.bundle.json"
     assert code == 0
@@ -91,6 +91,8 @@ def test_create_writes_the_bundle_for_its_owner_only(creating: OperatorDouble, c
         "max_uses": 7,
         "networks": ["192.0.2.0/24", "2001:db8::/32"],
         "note": "edge",
+        "rate_per_s": 2.5,
+        "burst": 40,
     }
 
 

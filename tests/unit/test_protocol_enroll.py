@@ -18,7 +18,6 @@ from appliance.protocol.enroll import (
     SeStatus,
     Verdict,
     check_facts,
-    check_networks,
     decide,
     decide_refresh,
     decide_rejoin,
@@ -26,6 +25,7 @@ from appliance.protocol.enroll import (
     is_attempt_id,
     is_se_id,
 )
+from appliance.protocol.source import check_networks
 
 NOW = 1_700_000_000
 SE = "6f6b4c1e-0a6b-4f6c-9d55-0d7c0a3f3a01"
@@ -161,6 +161,22 @@ def test_no_policy_overrules_the_image_keys_terms(policy: Policy, change: dict[s
 def test_source_networks(source: str, networks: tuple[str, ...], allowed: bool) -> None:
     verdict = decide_unknown(TERMS._replace(networks=networks), source=source, now=NOW)
     assert verdict == (Verdict(Decision.GRANT_NEW) if allowed else refused(Refusals.SOURCE))
+
+
+def test_a_revoked_image_lets_nobody_new_in_whatever_else_holds() -> None:
+    barred = Evidence(None, Hook.ALLOW, image_revoked=True)
+    for policy in Policy:
+        assert decide_unknown(TERMS._replace(policy=policy), source="", now=NOW, evidence=barred) == refused(
+            Refusals.IMAGE_REVOKED
+        )
+    known = Known(SE, KEY, SeStatus.ENROLLED, confirmed=False)
+    verdict = decide(SE, KEY, by_id=known, by_key=known, terms=TERMS, source="", now=NOW, evidence=barred)
+    assert verdict == Verdict(Decision.GRANT_AGAIN), "who is in stays in: its answer was lost"
+
+
+def test_a_refusal_may_name_a_longer_wait_than_its_table() -> None:
+    assert Refusals.IMAGE_KEY_RATE.problem().retry_after_s == 1
+    assert Refusals.IMAGE_KEY_RATE.problem(retry_after_s=7).retry_after_s == 7
 
 
 def test_networks_are_checked_when_the_key_is_made() -> None:

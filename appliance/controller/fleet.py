@@ -206,8 +206,11 @@ class Fleet:
         Whoever comes first from now on is the SE; the operator has switched the wrong one off. Returns how many links
         were closed.
         """
-        changed = msgspec.structs.replace(record, ticket=tunnel.UNKNOWN_TICKET, ticket_pending="", ticket_superseded="")
-        await self.registry.update_audited(record, changed, actor=actor, action="se.released", detail=reason)
+
+        def without_tickets(kept: SeRecord) -> SeRecord:
+            return msgspec.structs.replace(kept, ticket=tunnel.UNKNOWN_TICKET, ticket_pending="", ticket_superseded="")
+
+        await self.registry.change_se(record.se_id, without_tickets, actor=actor, action="se.released", detail=reason)
         links = self.quarantined(record.se_id)
         if (link := self._links.get(record.se_id)) is not None:
             links.append(link)

@@ -27,6 +27,7 @@ from appliance.controller.attempts import Attempts
 from appliance.controller.fleet import Fleet
 from appliance.controller.link import Link
 from appliance.controller.listener import FrontEnd, peer_address
+from appliance.controller.rate import network_of
 from appliance.controller.splice import MIN_PACKET_BYTES, SshEnd, TcpEnd, has_tiny_packets
 from appliance.errors import TrustError
 from appliance.pki import ssh_keys
@@ -176,26 +177,26 @@ class Peer(asyncssh.SSHServer):
         self._conn = conn
         self._source = peer_address(conn.get_extra_info("peername"))
         gateway = self._gateway
-        waiting = gateway.unauthenticated
+        waiting, network = gateway.unauthenticated, network_of(self._source)
         if (
             gateway.draining
             or gateway.links >= gateway.terms.max_links
             or waiting.total() >= gateway.terms.max_unauthenticated
-            or waiting[self._source] >= gateway.terms.max_unauthenticated_per_source
+            or waiting[network] >= gateway.terms.max_unauthenticated_per_source
         ):
             gateway.refusals["connection"] += 1
             conn.abort()
             return
-        waiting[self._source] += 1
+        waiting[network] += 1
         self._counted = True
 
     def _no_longer_waiting(self) -> None:
         if self._counted:
             self._counted = False
-            waiting = self._gateway.unauthenticated
-            waiting[self._source] -= 1
-            if not waiting[self._source]:
-                del waiting[self._source]
+            waiting, network = self._gateway.unauthenticated, network_of(self._source)
+            waiting[network] -= 1
+            if not waiting[network]:
+                del waiting[network]
 
     def begin_auth(self, username: str) -> bool:
         if username != self._gateway.se_user:

@@ -6,10 +6,13 @@ import atexit
 import functools
 import os
 import shutil
+import struct
 import tempfile
+import uuid
 from pathlib import Path
 
 from appliance.controller.records import ImageKeyRecord, encode
+from appliance.machine import gpt
 from appliance.paths import Paths
 from appliance.pki import jws as signatures
 from appliance.pki import sealed
@@ -26,7 +29,7 @@ from appliance.protocol.trust import TRUST_TYPE, Envelope, Receipt, TrustDocumen
 from appliance.runtime.clock import SystemClock
 from appliance.runtime.health import Health
 from appliance.runtime.mode import ModeDocument, document_of
-from image_builder import iso
+from image_builder import cloud, iso
 from image_builder import seed as baking
 
 NOW = 1_790_000_000
@@ -165,6 +168,24 @@ SEED_NAMES = (seeds.SEED_FILE, seeds.ROOT_CA_FILE, seeds.TRUST_FILE, seeds.IMAGE
 @functools.cache
 def seed_iso() -> bytes:
     return iso.render(_baked().files, at=NOW)
+
+
+def network_config() -> bytes:
+    network = cloud.Network(addresses=["192.0.2.10/24"], gateways=["192.0.2.1"], dns=["192.0.2.53"], vlan=12)
+    return cloud.network_config(network, target=cloud.Target.OWN) or b""
+
+
+def partition_table() -> bytes:
+    """A table of three partitions: the first copy, behind a byte that says so."""
+    entries = b"".join(
+        uuid.UUID(int=number).bytes_le * 2
+        + struct.pack("<QQQ", start, start + 99, 0)
+        + "a".encode("utf-16-le")
+        + bytes(70)
+        for number, start in ((1, 100), (2, 200), (3, 300))
+    )
+    table = gpt.Table(bytes(16), 34, entries.ljust(128 * 128, b"\0"), ())
+    return b"\0" + gpt.without(table, 9, grow=9, sectors=8192).first
 
 
 def ovf_environment() -> bytes:

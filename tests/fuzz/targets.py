@@ -38,6 +38,9 @@ from appliance.errors import (
     UnreachableError,
     UsageError,
 )
+from appliance.machine import gpt, wishes
+from appliance.machine.fat import Fat
+from appliance.machine.iso import Iso
 from appliance.paths import Paths
 from appliance.pki import certificate, sealed, ssh_keys
 from appliance.pki import jws as signatures
@@ -386,6 +389,44 @@ def run_iso(raw: bytes) -> bool:
     return True
 
 
+def run_attached_disk(raw: bytes) -> bool:
+    """What somebody attached to a VM, as first boot reads it: ISO, then FAT."""
+
+    def read(offset: int, length: int) -> bytes:
+        assert offset >= 0
+        assert 0 <= length <= 1 << 17
+        return raw[offset : offset + length]
+
+    found = False
+    for kind in (Iso, Fat):
+        with contextlib.suppress(SeedError):
+            files = kind(read).files([*good.SEED_NAMES, "network-config"], max_bytes=1 << 16)
+            assert all(len(content) <= 1 << 16 for content in files.values())
+            found = True
+    return found
+
+
+def run_partition_table(raw: bytes) -> bool:
+    """The first byte says how much of it is the second copy's."""
+    cut = len(raw) * (raw[0] if raw else 0) // 255
+    try:
+        table = gpt.read(raw[1 : len(raw) - cut], raw[len(raw) - cut :], sectors=8192)
+    except SeedError:
+        return False
+    change = gpt.without(table, 3, grow=2, sectors=8192)
+    assert gpt.read(change.first, change.second, sectors=8192).entries[256:384] == bytes(128)
+    return True
+
+
+def run_network_config(raw: bytes) -> bool:
+    try:
+        checked = wishes.checked_network(raw)
+    except ValueError:
+        return False
+    assert wishes.checked_network(checked) == checked
+    return True
+
+
 def run_ovf(raw: bytes) -> bool:
     try:
         found = ovf.parse_environment(raw)
@@ -483,6 +524,7 @@ def run_audit(raw: bytes) -> bool:
 
 
 TARGETS: dict[str, Target] = {
+    "attached-disk": Target(run_attached_disk, lambda: [good.seed_iso()]),
     "audit": Target(run_audit, lambda: [good.audit_entries()]),
     "backup": Target(run_backup, lambda: [good.backup()]),
     "bundle": Target(run_bundle, lambda: [good.bundle()]),
@@ -497,8 +539,10 @@ TARGETS: dict[str, Target] = {
     "https-answer": Target(run_https_answer, lambda: [good.http_answer(b'{"nonce":"n","time":1}')]),
     "iso": Target(run_iso, lambda: [good.seed_iso()]),
     "jws": Target(run_jws, lambda: [good.signed_enrollment()]),
+    "network-config": Target(run_network_config, lambda: [good.network_config()]),
     "nonce": Target(run_nonce, lambda: [Nonces(b"k" * 32).issue(good.NOW).encode()]),
     "ovf": Target(run_ovf, lambda: [good.ovf_environment()]),
+    "partition-table": Target(run_partition_table, lambda: [good.partition_table()]),
     "private-key": Target(
         run_private_key, lambda: [good.identity().pkcs8().reveal(), good.identity().openssh().reveal()]
     ),

@@ -213,6 +213,20 @@ def network_config(network: Network, *, target: Target) -> bytes | None:
     return ("\n".join(f"{key}: {json.dumps(value)}" for key, value in config.items()) + "\n").encode()
 
 
+# A scrubbed file is zeros: a second run must not take it for the key. What was copied is on disk before it goes here.
+_COPY = """\
+mkdir -p -m 0755 /etc/appliance && mkdir -p -m 0700 /etc/appliance/seed
+for f in FILES; do
+    ! grep -qa '[!-~]' "$here/$f" || install -m 0600 "$here/$f" "/etc/appliance/seed/$f"
+done
+sync
+key=$here/image-key.pem
+mount -o remount,rw "$here" 2>/dev/null &&
+    dd if=/dev/zero of="$key" bs="$(stat -c %s "$key")" count=1 conv=notrunc,fsync 2>/dev/null &&
+    mount -o remount,ro "$here" || say "the image key could not be scrubbed from its partition"
+"""
+
+
 def install_script(*, mode: str, glibc: tuple[int, int], seed_files: Sequence[str]) -> bytes:
     """Returns the shell script that puts the agent of a seed partition onto a foreign system and starts it.
 
@@ -222,12 +236,7 @@ def install_script(*, mode: str, glibc: tuple[int, int], seed_files: Sequence[st
         seed_files: names of the files that first boot needs.
     """
     need = f"{glibc[0]}.{glibc[1]}"
-    copy = (
-        f"mkdir -p -m 0755 /etc/appliance && mkdir -p -m 0700 /etc/appliance/seed\n"
-        f"for f in {' '.join(seed_files)}; do install -m 0600 $here/$f /etc/appliance/seed/$f; done\n"
-        if seed_files
-        else ""
-    )
+    copy = _COPY.replace("FILES", " ".join(seed_files)) if seed_files else "sync\n"
     start = f"appliance mode set {mode}\n" if mode else ""
     return f"""#!/bin/sh
 # Installs the agent that lies beside this file and starts it. Run once by cloud-init, as root.
@@ -250,6 +259,5 @@ rmdir /usr/lib/appliance.new
 ln -sf ../lib/appliance/appliance /usr/bin/appliance
 install -D -m 0644 "$here/sshd.conf" /etc/ssh/sshd_config.d/10-appliance.conf
 systemctl try-reload-or-restart ssh.service sshd.service 2>/dev/null || :
-{copy}sync
-{start}say "the agent is installed"
+{copy}{start}say "the agent is installed"
 """.encode()

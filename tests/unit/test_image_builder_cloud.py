@@ -167,3 +167,22 @@ def test_the_install_script_is_a_shell_script(seed_files: tuple[str, ...]) -> No
     script = cloud.install_script(mode="se" if seed_files else "", glibc=(2, 35), seed_files=seed_files)
     subprocess.run(["sh", "-n"], input=script, check=True, timeout=10)
     assert (b"mode set se" in script) == bool(seed_files)
+
+
+def test_a_foreign_system_takes_the_image_key_once_and_scrubs_its_partition(tmp_path: Path) -> None:
+    """The script's middle, with a `mount` that does nothing: run twice, as after a cut, the copy stays the key."""
+    here, etc = tmp_path / "here", tmp_path / "etc"
+    here.mkdir()
+    etc.mkdir()
+    (here / "seed.json").write_text("{}")
+    (here / "image-key.pem").write_text("-----BEGIN\nx\n")
+    script = cloud.install_script(mode="", glibc=(2, 35), seed_files=("seed.json", "image-key.pem")).decode()
+    middle = script[script.index("mkdir -p -m 0755 /etc/appliance") : script.index('say "the agent is installed"')]
+    text = f'set -eu; here={here}; say() {{ echo "$*"; }}; mount() {{ :; }}\n' + middle.replace("/etc/", f"{etc}/")
+    for _ in range(2):
+        done = subprocess.run(["sh", "-c", text], check=True, timeout=30, capture_output=True, text=True)
+        assert done.stdout == ""
+        copy = etc / "appliance/seed/image-key.pem"
+        assert copy.read_text() == "-----BEGIN\nx\n"
+        assert copy.stat().st_mode & 0o777 == 0o600
+        assert (here / "image-key.pem").read_bytes() == bytes(13)

@@ -20,7 +20,6 @@ import msgspec
 
 from appliance.errors import ApplianceError
 from appliance.machine.media import Medium
-from appliance.pki import ssh_keys
 from appliance.protocol import ovf, strict_json
 from appliance.protocol import seed as protocol
 
@@ -162,6 +161,8 @@ def _with_environment(wishes: Wishes, source: str, document: bytes) -> Wishes:
         changed["hints"] = protocol.Hints(name=told.hostname, labels=wishes.hints.labels)
         changed["hostname"] = host_name(told.hostname)
     if told.operator_key:
+        from appliance.pki import ssh_keys  # no boot without such a key waits for a library of cryptography
+
         try:
             ssh_keys.parse_public(" ".join(told.operator_key.split()[:2]))
             changed["operator_key"] = told.operator_key

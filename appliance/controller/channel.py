@@ -12,7 +12,7 @@ import logging
 import secrets
 import sys
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
 import msgspec
@@ -288,9 +288,17 @@ class ChannelApi:
         self._fleet.look(link.se_id)
         return ConfirmAnswer(spent=True)
 
+    def answer_beat(self, state: dict[str, Any], body: bytes) -> bytes:
+        """A heartbeat's short way (`direct`): its answer's JSON. Raises as `beat`, and `MalformedError`."""
+        beat = strict_json.decode(body, Heartbeat, max_bytes=tunnel.MAX_BODY_BYTES)
+        return msgspec.json.encode(self.beat(state["link"], beat))
+
     async def heartbeat(self, request: Request, beat: Heartbeat) -> HeartbeatAnswer:
-        """Ping; a confirmed link may bring telemetry, a quarantined one may only ping."""
-        link: Link = request.state.link
+        """Ping, on the ordinary way."""
+        return self.beat(request.state.link, beat)
+
+    def beat(self, link: Link, beat: Heartbeat) -> HeartbeatAnswer:
+        """Ping; a confirmed link may bring telemetry, a quarantined one may only ping. Raises `ProblemError`."""
         if not link.confirmed and not link.quarantined:
             raise _refuse(409, "TUNNEL-025", "Hello was not confirmed on this link", "Say hello and confirm first.")
         now = self._wall()

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import msgspec
 
@@ -39,11 +39,13 @@ REKEY_TIMEOUT_S = 10.0
 """How long a key exchange on a link may take: nothing else is sent meanwhile."""
 
 
-class _Memo(NamedTuple):
-    """The state last told, and since when (seconds since 1970)."""
+@dataclass(slots=True)
+class _Memo:
+    """The state last derived, since when it holds (seconds since 1970), and the record it was derived from."""
 
     derived: Derived
     since: float
+    record: SeRecord
 
 
 async def ping(link: Link, deadline_s: float = tunnel.DEADLINE_S) -> bool:
@@ -254,7 +256,14 @@ class Fleet:
         """Closes links whose peer makes us keep what it doesn't read, or begins a key exchange and leaves it."""
         most, most_of_all = self._max_unsent
         waiting: list[tuple[int, Link]] = []
-        for link in [link for links in self._open.values() for link in links.values()]:
+        # Ten thousand links rest each second: what is done for each is done here, in one expression.
+        burdens = [
+            link
+            for links in self._open.values()
+            for link in links.values()
+            if link.rekeys_since or link.is_rekeying or unsent_bytes(link.conn)
+        ]
+        for link in burdens:
             unsent = unsent_bytes(link.conn)
             if unsent:
                 waiting.append((unsent, link))
@@ -331,11 +340,13 @@ class Fleet:
         if link is not None:
             link.was_rtt_high = is_rtt_high(link.rtt.value, was_high=link.was_rtt_high)
         memo = self._memo.get(se_id)
-        if memo is None or (memo.derived.state, memo.derived.reason) != derived[:2]:
+        if memo is not None and memo.derived[:2] == derived[:2]:
+            memo.derived, memo.record = derived, record
+        else:
             since = self._wall() if memo is not None or link is not None else record.status_at or record.enrolled_at
             if derived.reason is Reason.CONTROLLER_RESTARTED:
                 since = self.started_at
-            self._memo[se_id] = _Memo(derived, since)
+            self._memo[se_id] = _Memo(derived, since, record)
             if memo is not None:
                 was = memo.derived.state.value
                 text = f"{record.name} {was} -> {derived.state.value} ({derived.reason.value}): {derived.text}"
@@ -344,8 +355,12 @@ class Fleet:
 
     def state(self, record: SeRecord) -> tuple[Derived, float]:
         """An SE's state and since when."""
-        derived = self.look(record.se_id) or derive(self._view(record))
-        return derived, self._memo[record.se_id].since
+        # Whatever changes a link looks anew at once; a changed record is another object.
+        memo = self._memo.get(record.se_id)
+        if memo is None or memo.record is not record:
+            self.look(record.se_id)
+            memo = self._memo[record.se_id]
+        return memo.derived, memo.since
 
     def counts(self) -> Counter[str]:
         """Number of SEs by state."""

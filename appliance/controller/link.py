@@ -175,5 +175,7 @@ def unsent_bytes(conn: SSHConnection) -> int:
     asyncssh has no back-pressure from either, and no name for them.
     """
     transport = conn._transport  # noqa: SLF001
-    waiting = transport.get_write_buffer_size() if transport is not None else 0
+    waiting: int = transport.get_write_buffer_size() if transport is not None else 0
+    if not conn._deferred_packets:  # noqa: SLF001
+        return waiting
     return waiting + sum(len(part) for _, parts in conn._deferred_packets for part in parts)  # noqa: SLF001

@@ -19,6 +19,7 @@ from appliance.controller.admission import Admission
 from appliance.controller.attempts import Attempts
 from appliance.controller.audit import Audit
 from appliance.controller.channel import ChannelApi
+from appliance.controller.direct import DirectFrontEnd
 from appliance.controller.enroll import EnrollApi
 from appliance.controller.events import Events
 from appliance.controller.fleet import Fleet
@@ -179,10 +180,12 @@ class Parts:
             "Appliance enrollment", self.enroll_api.endpoints(), enroll_said.MAX_HEADER_BYTES, 24 * 1024, keep_alive_s=5
         )
         # A link's channel speaks every few seconds; it must outlive the longest interval many times.
-        self.channel_front = self._front(
-            "Appliance channel", channel_api.endpoints(), tunnel.MAX_HEADER_BYTES, tunnel.MAX_BODY_BYTES,
-            keep_alive_s=900,
-        )  # fmt: skip
+        self.channel_front = DirectFrontEnd(
+            application("Appliance channel", channel_api.endpoints(), max_body=tunnel.MAX_BODY_BYTES, documented=True),
+            self._limits(tunnel.MAX_HEADER_BYTES, tunnel.MAX_BODY_BYTES, keep_alive_s=900),
+            path=tunnel.HEARTBEAT_PATH,
+            answer=channel_api.answer_beat,
+        )
         trust_api = TrustApi(self.rotation, self.fleet, self.events)
         admission_api = AdmissionApi(
             self.registry,
@@ -221,9 +224,12 @@ class Parts:
     def _front(
         self, title: str, endpoints: list[Endpoint], max_header: int, max_body: int, *, keep_alive_s: int
     ) -> FrontEnd:
-        terms = self.settings.controller
-        limits = HttpLimits(max_header, max_body, terms.header_timeout_s, terms.body_timeout_s, keep_alive_s)
+        limits = self._limits(max_header, max_body, keep_alive_s=keep_alive_s)
         return FrontEnd(application(title, endpoints, max_body=max_body, documented=True), limits)
+
+    def _limits(self, max_header: int, max_body: int, *, keep_alive_s: int) -> HttpLimits:
+        terms = self.settings.controller
+        return HttpLimits(max_header, max_body, terms.header_timeout_s, terms.body_timeout_s, keep_alive_s)
 
     def _tls_context(self) -> ssl.SSLContext:
         files = self.material.files

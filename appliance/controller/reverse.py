@@ -13,13 +13,15 @@ import logging
 import socket
 from collections import Counter
 from collections.abc import Callable, Collection
-from typing import Any, cast
+from typing import Any
 
 import asyncssh
 
 from appliance.controller.fleet import Fleet
 from appliance.controller.link import Link
 from appliance.controller.splice import SshEnd, TcpEnd, has_tiny_packets
+from appliance.errors import TrustError
+from appliance.pki.host_key_probe import HostKeyProbe
 from appliance.protocol.address import REVERSE_PORT, se_address, se_number
 from appliance.runtime.peer import tcp_peer_uid
 
@@ -32,29 +34,39 @@ CHECK_TIMEOUT_S = 15.0
 CHECK_AGAIN_S = (2.0, 5.0, 15.0, 30.0)
 """Pauses after failed checks; the last one repeats."""
 
-SSHD_KEX = ("mlkem768x25519-sha256", "curve25519-sha256")
-"""Key exchanges for the check: those of the OpenSSH versions that Debian 12 and later ship."""
 
+class _ProbeSession(asyncssh.SSHTCPSession[bytes]):
+    """Carries a probe over a channel to an SE's sshd."""
 
-class _Through:
-    """Lets asyncssh's client connect through a link: it asks for `create_connection` and gets a forwarded channel."""
+    def __init__(self) -> None:
+        self._probe = HostKeyProbe()
+        self._channel: asyncssh.SSHTCPChannel[bytes] | None = None
+        self.host_key: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
-    def __init__(self, conn: asyncssh.SSHServerConnection, number: int) -> None:
-        self._conn = conn
-        self._number = number
-        self.logger = conn.logger
+    def connection_made(self, chan: asyncssh.SSHTCPChannel[bytes]) -> None:
+        self._channel = chan
 
-    async def create_connection(self, session_factory: Any, _host: str, _port: int, **_more: Any) -> Any:
-        """Opens a `forwarded-tcpip` channel; the host and port asked for don't matter."""
-        return await self._conn.create_connection(
-            session_factory, se_address(self._number), REVERSE_PORT, "127.0.0.1", 0
-        )
+    def session_started(self) -> None:
+        self._say(self._probe.hello)
 
-    def close(self) -> None:
-        """The link stays; asyncssh closes tunnels it was given."""
+    def _say(self, said: bytes) -> None:
+        if said and self._channel is not None and not self._channel.is_closing():
+            self._channel.write(said)
 
-    async def wait_closed(self) -> None:
-        """Nothing to wait for."""
+    def data_received(self, data: bytes, datatype: asyncssh.DataType) -> None:  # noqa: ARG002
+        if self.host_key.done():
+            return
+        try:
+            self._say(self._probe.feed(data))
+        except TrustError as error:
+            self.host_key.set_exception(error)
+        else:
+            if self._probe.host_key is not None:
+                self.host_key.set_result(self._probe.host_key)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        if not self.host_key.done():
+            self.host_key.set_exception(TrustError("the connection was closed"))
 
 
 class ReversePath:
@@ -194,23 +206,19 @@ class ReversePath:
             return "the SE is not known"
         if not link.reverse_granted:
             return f"the SE did not ask for its address {se_address(record.number)}:{REVERSE_PORT}"
+        channel: asyncssh.SSHTCPChannel[bytes] | None = None
         try:
-            key = await asyncio.wait_for(
-                asyncssh.get_server_host_key(
-                    "se",
-                    REVERSE_PORT,
-                    tunnel=cast("Any", _Through(link.conn, record.number)),
-                    config=None,
-                    kex_algs=list(SSHD_KEX),
-                    server_host_key_algs=["ssh-ed25519"],
-                ),
-                CHECK_TIMEOUT_S,
-            )
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
+                session = _ProbeSession()
+                channel, _ = await link.conn.create_connection(
+                    lambda: session, se_address(record.number), REVERSE_PORT, "127.0.0.1", 0
+                )
+                shown = await session.host_key
         except TimeoutError:
             return f"no key exchange with its sshd within {CHECK_TIMEOUT_S:.0f} s"
-        except (asyncssh.Error, OSError) as error:
+        except (asyncssh.Error, TrustError, OSError) as error:
             return f"no key exchange with its sshd: {error}"
-        shown = b" ".join(key.export_public_key("openssh").split()[:2]).decode() if key else ""
-        if shown not in record.host_keys:
-            return "its sshd shows a host key that is not the one enrolled"
-        return ""
+        finally:
+            if channel is not None:
+                channel.abort()
+        return "" if shown in record.host_keys else "its sshd shows a host key that is not the one enrolled"

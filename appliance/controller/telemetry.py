@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from appliance.errors import TelemetryError
-from appliance.protocol.telemetry import Sample, decode
+from appliance.protocol.telemetry import Sample, decode, glance
 
 FULL_S = 300.0
 COARSE_S = 60.0
@@ -38,15 +38,22 @@ class Figures(NamedTuple):
     uptime_s: float | None
 
 
-def figures(sample: Sample) -> Figures:
-    """Returns the table's figures of a sample. CPU is all time but idle and waiting for disks, of all CPUs."""
-    values = {(point.name, *point.attributes): point.value for point in sample.points}
+_SHOWN = frozenset({"system.cpu.utilization", "system.memory.usage", "system.memory.limit", "system.uptime"})
+"""Metrics that `Figures` come from."""
+
+
+def figures(text: str) -> Figures:
+    """Returns the table's figures of a sample, all of which is checked. Raises as `decode`.
+
+    CPU is all time but idle and waiting for disks, of all CPUs.
+    """
+    time, values = glance(text, _SHOWN)
     idle = values.get(("system.cpu.utilization", "idle"))
     waiting = values.get(("system.cpu.utilization", "iowait"), 0.0)
     used = values.get(("system.memory.usage", "used"))
     total = values.get(("system.memory.limit",))
     return Figures(
-        time=sample.time,
+        time=time,
         cpu_pct=None if idle is None else round(max(0.0, 1.0 - idle - waiting) * 100, 2),
         memory_used_bytes=None if used is None else int(used),
         memory_total_bytes=None if total is None else int(total),
@@ -119,22 +126,22 @@ class History:
         good = 0
         for text in encoded:
             try:
-                sample = decode(text)
+                shown = figures(text)
             except TelemetryError as error:
                 self.refused[error.code] += 1
                 continue
             good += 1
-            self._keep(se_id, sample, text, now)
+            self._keep(se_id, shown, text, now)
         self.accepted += good
         return good
 
-    def _keep(self, se_id: str, sample: Sample, text: str, now: float) -> None:
+    def _keep(self, se_id: str, shown: Figures, text: str, now: float) -> None:
         kept = self._ses.get(se_id)
         if kept is None:
             kept = self._ses[se_id] = _Kept()
         kept.latest = text
-        kept.figures = figures(sample)
-        if abs(sample.time - now) >= self._history_s or not kept.insert(sample.time, text):
+        kept.figures = shown
+        if abs(shown.time - now) >= self._history_s or not kept.insert(shown.time, text):
             return
         if now >= kept.thin_at:
             kept.thin(oldest=now - self._history_s, full_from=now - FULL_S)

@@ -24,6 +24,7 @@ import asyncssh
 
 from appliance import settings
 from appliance.controller.attempts import Attempts
+from appliance.controller.connection import listen
 from appliance.controller.fleet import Fleet
 from appliance.controller.link import Link
 from appliance.controller.listener import FrontEnd, peer_address
@@ -136,8 +137,8 @@ class Gateway:
     async def listen(self, sock: socket.socket, host_key: Path) -> asyncssh.SSHAcceptor:
         """Starts accepting on a bound socket."""
         kex = list(tunnel.KEX) + (list(tunnel.KEX_FALLBACK) if self.terms.allow_curve25519 else [])
-        return await asyncssh.listen(
-            sock=sock,
+        return await listen(
+            sock,
             server_factory=lambda: Peer(self),
             server_host_keys=[str(host_key)],
             server_version="appliance",
@@ -155,7 +156,6 @@ class Gateway:
             x11_forwarding=False,
             allow_scp=False,
             login_timeout=self.terms.login_timeout_s,
-            backlog=4096,
         )
 
 

@@ -73,6 +73,11 @@ def simple_problem(status: int, code: str, title: str, *, detail: str = "", advi
     return Problem(type=f"/problems/{code}", title=title, status=status, code=code, detail=detail, advice=advice)
 
 
+def unexpected_problem() -> Problem:
+    """The problem that stands for an error of ours."""
+    return simple_problem(500, "HTTP-500", "The controller failed on this request")
+
+
 async def read_body(request: Request, max_bytes: int) -> bytes:
     """Reads a body of at most `max_bytes`."""
     chunks = bytearray()
@@ -137,7 +142,7 @@ async def _http_error(_request: Request, error: Exception) -> Response:
 
 async def _unexpected(request: Request, error: Exception) -> Response:
     _log.error("unexpected error in %s %s", request.method, request.url.path, exc_info=error)
-    return problem_response(simple_problem(500, "HTTP-500", "The controller failed on this request"))
+    return problem_response(unexpected_problem())
 
 
 def application(title: str, endpoints: Sequence[Endpoint], *, max_body: int, documented: bool = False) -> Starlette:

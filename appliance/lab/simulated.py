@@ -69,8 +69,8 @@ class Answer(NamedTuple):
 async def exchange(reader: Any, writer: Any, path: str, body: bytes, *, headers: str = "") -> Answer:
     """Sends one POST and reads its answer, over a TLS stream or a channel (both have asyncio's stream methods)."""
     writer.write(
-        f"POST {path} HTTP/1.1\r\nHost: controller\r\nContent-Type: application/json\r\n{headers}"
-        f"Content-Length: {len(body)}\r\n\r\n".encode()
+        f"POST {path} HTTP/1.1\r\nhost: {tunnel.CHANNEL_HOST}\r\ncontent-type: application/json\r\n{headers}"
+        f"content-length: {len(body)}\r\n\r\n".encode()
         + body
     )
     head = (await reader.readuntil(b"\r\n\r\n")).decode("ascii").split("\r\n")

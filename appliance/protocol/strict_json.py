@@ -29,6 +29,10 @@ UNDECODABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _STRUCTURE: Final = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[{\]}]', re.DOTALL)
 """A whole string (possessive, and ended by the text where its quote is missing: linear time), or a bracket."""
 
+_DIGITS: Final = bytes.maketrans(b"123456789", b"000000000")
+_LONG_NUMBER: Final = b"0" * 19
+"""As many digits as 64 bits hold."""
+
 _REFUSED: Final = re.compile("[\0\ud800-\udfff]")
 
 
@@ -94,6 +98,22 @@ def _check_strings(value: Any) -> None:
             _check_strings(inner)
 
 
+def _as_we_write_it(raw: bytes, kind: type[T]) -> T | None:
+    """Returns `raw` decoded where `encode` would give the same bytes again, else None.
+
+    Then no name stands twice and no number is beyond what we write, without a look at each of them: most of what is
+    decoded comes from another part of this program, and this takes a tenth of the time. What could hide something
+    even so (escapes, many levels, long rows of digits) isn't judged here.
+    """
+    if raw.count(b"{") + raw.count(b"[") > MAX_DEPTH or b"\\" in raw or _LONG_NUMBER in raw.translate(_DIGITS):
+        return None
+    try:
+        value = msgspec.json.decode(raw, type=kind)
+        return value if encode(value) == raw else None
+    except (*UNDECODABLE, TypeError, ValueError):
+        return None
+
+
 def decode(raw: bytes, kind: type[T], *, max_bytes: int) -> T:
     """Decodes `raw` as one `kind`.
 
@@ -108,6 +128,9 @@ def decode(raw: bytes, kind: type[T], *, max_bytes: int) -> T:
     """
     if len(raw) > max_bytes:
         raise MalformedError(f"document of {len(raw)} bytes, at most {max_bytes} are accepted")
+    own = _as_we_write_it(raw, kind)
+    if own is not None:
+        return own
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -41,6 +41,8 @@ MAX_POINTS = 256
 MAX_ATTRIBUTE_CHARS = 64
 MAX_KNOWN_SERIES = 4096
 """Series remembered as good, for speed; bounded, for SEs may name their disks as they like."""
+MAX_KNOWN_SHAPES = 128
+"""Rows of series remembered as good, likewise: at most as many times `MAX_POINTS`."""
 MAX_TIME_S = 253_402_300_799
 """The last second of the year 9999, which is as far as calendars reach."""
 _MAX_SCALED = 10**18
@@ -401,25 +403,90 @@ def _inflate(text: str) -> bytes:
     return wire
 
 
+class _Shape:
+    """The series of a sample, checked and in order, without their values."""
+
+    __slots__ = ("has_signed", "places", "series")
+
+    def __init__(self, series: list[_Series]) -> None:
+        self.series = series
+        self.has_signed = any(entry.lowest < 0 for entry in series)
+        self.places: dict[frozenset[str], list[tuple[int, tuple[str, ...], int]]] = {}
+        """For each set of names asked for: place, key and scale of their series."""
+
+
+@functools.lru_cache(maxsize=MAX_KNOWN_SHAPES)
+def _shape(columns: tuple[tuple[str, tuple[str, ...]], ...]) -> _Shape:
+    """Returns the shape of a sample with these series, or raises what is wrong with one.
+
+    An SE sends the same series each time, and SEs of one image mostly the same ones: to look at each of them again
+    takes three quarters of the time that a sample takes.
+    """
+    before = _FIRST
+    found = []
+    for name, attributes in columns:
+        series = _series(name, attributes)
+        if series <= before:
+            raise Faults.ORDER.error(f"{name} {attributes} after {before.name} {before.attributes}")
+        before = series
+        found.append(series)
+    return _Shape(found)
+
+
+def _read(text: str) -> tuple[int, _Shape, tuple[int, ...]]:
+    """Returns time (ms), series and their values, checked. Raises as `decode`."""
+    try:
+        time_ms, wire_points = _DECODER.decode(_inflate(text))
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Faults.MALFORMED.error(str(error)) from None
+    _check_time(time_ms)
+    if not wire_points:
+        return time_ms, _shape(()), ()
+    names, attributes, values = zip(*wire_points, strict=True)
+    shape = _shape(tuple(zip(names, attributes, strict=True)))
+    lowest = min(values)
+    if max(values) > _MAX_SCALED or (lowest < 0 and (lowest < -_MAX_SCALED or not shape.has_signed)):
+        raise Faults.VALUE.error(f"a value of {max(values)} or {lowest}")
+    if lowest < 0:
+        for series, scaled in zip(shape.series, values, strict=True):
+            if scaled < series.lowest:
+                raise Faults.VALUE.error(f"{series.name} is {scaled} / {series.scale}")
+    return time_ms, shape, values
+
+
 def decode(text: str) -> Sample:
     """Reads a sample from text that an SE sent.
 
     Raises:
         TelemetryError: it is not exactly what `encode` writes; `code` is that of one of `Faults`.
     """
-    try:
-        time_ms, wire_points = _DECODER.decode(_inflate(text))
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise Faults.MALFORMED.error(str(error)) from None
-    _check_time(time_ms)
-    points = []
-    before = _FIRST
-    for name, attributes, scaled in wire_points:
-        series = _series(name, attributes)
-        if not series.lowest <= scaled <= _MAX_SCALED:
-            raise Faults.VALUE.error(f"{name} is {scaled} / {series.scale}")
-        if series <= before:
-            raise Faults.ORDER.error(f"{name} {attributes} after {before.name} {before.attributes}")
-        before = series
-        points.append(Point(series.name, series.attributes, scaled / series.scale))
+    time_ms, shape, values = _read(text)
+    points = [
+        Point(series.name, series.attributes, scaled / series.scale)
+        for series, scaled in zip(shape.series, values, strict=True)
+    ]
     return Sample(time=time_ms / 1000, points=points)
+
+
+def glance(text: str, names: frozenset[str]) -> tuple[float, dict[tuple[str, ...], float]]:
+    """Checks all of a sample as `decode` does, and reads only some of it: ten times as fast.
+
+    Args:
+        text: what an SE sent.
+        names: metrics to read.
+
+    Returns:
+        The sample's time, and values by metric and attributes: `("system.cpu.utilization", "idle")`.
+
+    Raises:
+        TelemetryError: as `decode`.
+    """
+    time_ms, shape, values = _read(text)
+    places = shape.places.get(names)
+    if places is None:
+        places = shape.places[names] = [
+            (place, (series.name, *series.attributes), series.scale)
+            for place, series in enumerate(shape.series)
+            if series.name in names
+        ]
+    return time_ms / 1000, {key: values[place] / scale for place, key, scale in places}

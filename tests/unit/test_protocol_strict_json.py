@@ -196,3 +196,50 @@ def test_a_name_twice_is_refused_wherever_it_stands(labels: dict[str, str], data
     order = data.draw(st.permutations(members))
     with pytest.raises(MalformedError):
         decode(f'{{"labels": {{{", ".join(order)}}}}}'.encode())
+
+
+_ANY = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**65), 2**65) | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(
+    fields=st.fixed_dictionaries(
+        {},
+        optional={
+            "count": st.integers(-(2**65), 2**65),
+            "ratio": st.floats(),
+            "text": st.text(max_size=20),
+            "labels": st.dictionaries(st.text(max_size=2), st.text(max_size=2), max_size=3),
+            "any": _ANY,
+        },
+    ),
+    place=st.integers(0, 200),
+    put=st.sampled_from([b"", b"0", b'"', b"[", b"{", b"\\", b"\0", b" ", b'"any":1,', b"9" * 20, b"e9", b"-"]),
+)
+def test_the_short_way_never_says_anything_else_than_the_long_one(
+    fields: dict[str, Any], place: int, put: bytes
+) -> None:
+    written = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
+    raw = written[:place] + put + written[place:]
+    short = strict_json._as_we_write_it(raw, Doc)
+    if short is None:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(strict_json, "_as_we_write_it", lambda *_: None)
+        assert decode(raw) == short
+
+
+def test_what_we_write_takes_the_short_way_and_what_could_hide_something_does_not() -> None:
+    mine = strict_json.encode(Doc(count=1, text="\u00e4", labels={"b": "1", "a": "2"}, any={"x": [1, 2.5, None]}))
+    assert strict_json._as_we_write_it(mine, Doc) == decode(mine)
+    for other in (
+        mine + b" ",
+        mine.replace(b'"count":1', b'"count":1,"count":1'),
+        mine.replace(b'"count":1', b'"count":9223372036854775808'),
+        mine.replace(b"\xc3\xa4", b"\\u00e4"),
+        mine.replace(b"[1,", b"[" * MAX_DEPTH),
+    ):
+        assert strict_json._as_we_write_it(other, Doc) is None

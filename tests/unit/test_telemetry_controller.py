@@ -66,7 +66,7 @@ def test_figures_for_the_table() -> None:
     ],
 )
 def test_figures_that_a_sample_lacks_are_none(points: list[Point], expected: Figures) -> None:
-    assert figures(Sample(time=NOW, points=points)) == expected
+    assert figures(encode(Sample(time=NOW, points=points))) == expected
 
 
 def test_garbage_is_counted_by_fault_and_does_not_stop_the_rest() -> None:

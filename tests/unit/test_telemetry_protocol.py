@@ -295,3 +295,16 @@ def test_every_possible_sample_comes_back(time_ms: int, points: list[Point]) -> 
 
 def test_small_sample_is_small() -> None:
     assert len(encode(small())) < 60
+
+
+def test_a_glance_reads_what_it_is_asked_for_and_checks_all() -> None:
+    sample = typical()
+    names = frozenset({"system.uptime", "system.cpu.utilization"})
+    expected = {(point.name, *point.attributes): point.value for point in sample.points if point.name in names}
+    for _ in range(2):  # from memory the second time
+        time, values = telemetry.glance(encode(sample), names)
+        assert time == pytest.approx(sample.time)
+        assert values == pytest.approx(expected)
+    assert telemetry.glance(encode(Sample(time=NOW, points=[])), names) == (NOW, {})
+    with pytest.raises(TelemetryError):
+        telemetry.glance("x", names)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 import secrets
 import sys
 from collections.abc import Awaitable, Callable
@@ -18,7 +19,7 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from appliance.controller.attempts import Attempts
-from appliance.controller.fleet import Fleet, ping
+from appliance.controller.fleet import HEARTBEATS_AN_INTERVAL, Fleet, ping
 from appliance.controller.link import Link
 from appliance.controller.rate import Rates
 from appliance.controller.records import SeRecord
@@ -136,7 +137,7 @@ class ChannelApi:
             ),
             Endpoint(
                 "POST", tunnel.HEARTBEAT_PATH, self.heartbeat, "Ping, with telemetry", {200: HeartbeatAnswer},
-                Heartbeat, errors=(409,),
+                Heartbeat, errors=(409, 429),
             ),
             Endpoint(
                 "POST", tunnel.ROTATE_PATH, self.rotate_key, "Take the SE's new key", {200: RotateAnswer}, RotateKey,
@@ -301,6 +302,10 @@ class ChannelApi:
         """Ping; a confirmed link may bring telemetry, a quarantined one may only ping. Raises `ProblemError`."""
         if not link.confirmed and not link.quarantined:
             raise _refuse(409, "TUNNEL-025", "Hello was not confirmed on this link", "Say hello and confirm first.")
+        if wait_s := self._fleet.overdone_s(link):
+            title = f"More than {HEARTBEATS_AN_INTERVAL} heartbeats an interval"
+            refusal = simple_problem(429, "TUNNEL-045", title, advice="Wait as told; the link stays.")
+            raise ProblemError(msgspec.structs.replace(refusal, retry_after_s=math.ceil(wait_s)))
         now = self._wall()
         first = link.heartbeats == 0
         link.trust_version = beat.trust_version

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import msgspec
 
 from appliance.controller.events import Events
-from appliance.controller.link import Link, unsent_bytes
+from appliance.controller.link import HEARTBEAT_BURST, Link, unsent_bytes
 from appliance.controller.records import SeRecord
 from appliance.controller.registry import Registry, drift
 from appliance.controller.telemetry import History
@@ -27,6 +27,8 @@ from appliance.protocol.operator import SeDetail
 
 _log = logging.getLogger(__name__)
 
+HEARTBEATS_AN_INTERVAL = 4
+"""Of one link, beside a burst: an agent sends one, and a second where the first goes unanswered."""
 SWEEP_S = 0.25
 """How often the fleet looks for overdue links."""
 BURDEN_SWEEP_S = 1.0
@@ -196,6 +198,15 @@ class Fleet:
         if not link.quarantined:
             self._last_heartbeat[link.se_id] = self._wall()
             self.look(link.se_id)
+
+    def overdone_s(self, link: Link) -> float:
+        """Takes a heartbeat of a link's share; 0 where it may be answered, else the seconds it should wait."""
+        rate_per_s = HEARTBEATS_AN_INTERVAL / self.interval_s
+        if link.beats.take(self._monotonic(), rate_per_s=rate_per_s, burst=HEARTBEAT_BURST):
+            return 0.0
+        self.seen(link)
+        self.refusals["heartbeat"] += 1
+        return link.beats.wait_s(rate_per_s=rate_per_s)
 
     def reverse_checked(self, link: Link, error: str) -> None:
         """The reverse path was tried; `error` is "" where an SE's own sshd answered."""

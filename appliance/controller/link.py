@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from appliance.controller.rate import Bucket
 from appliance.protocol.fleet import LinkView, Reason
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+HEARTBEAT_BURST = 60
+"""Heartbeats that a link may send at once."""
 RTT_WINDOW_S = 30.0
 """Two windows of this length make up 'the last minute' of the RTT minimum."""
 
@@ -52,6 +55,7 @@ class Link:
     __slots__ = (
         "agent_version",
         "audit_seen",
+        "beats",
         "channels",
         "confirmed",
         "conn",
@@ -125,6 +129,8 @@ class Link:
         self.rolled_back = False
         """Admitted with an older ticket than the newest one known."""
         self.heartbeats = 0
+        self.beats = Bucket(HEARTBEAT_BURST, now)
+        """What it may still send of heartbeats."""
         self.rtt = RttMinimum()
         self.was_rtt_high = False
         self.skew_s = 0.0

@@ -48,6 +48,8 @@ LOGIN_DEADLINE_S = 20.0
 """For key exchange, log-in, hello and confirm together."""
 UNCONFINED = "TUNNEL-044"
 """Code: the gateway granted what the self-test wanted."""
+TOO_MANY = 429
+"""The answer to a heartbeat that came too soon (RFC 6585 section 4)."""
 MAX_UNANSWERED = 6
 """Heartbeats without an answer before the link is given up although bytes come: the channel API hangs."""
 
@@ -413,6 +415,12 @@ class Link:
             if answer is None:
                 return  # the channel was closed; the next heartbeat opens another
             arrived = self._clock.monotonic()
+            if answer.status == TOO_MANY:
+                self._log.warning("the controller wants fewer heartbeats than it asked for")
+                if self._sent:
+                    self._sent.popleft()  # answers come in order
+                guard.answered(self._interval_s)
+                continue
             pong = decode(answer, said.HeartbeatAnswer, said.HEARTBEAT_PATH)
             # Those before it, on a channel that was closed, will not be answered any more.
             while self._sent and self._sent[0].sequence < pong.sequence:

@@ -199,7 +199,11 @@ def test_ten_thousand_channels_cost_others_nothing(controller: RunningController
                 nonlocal slowest
                 while True:
                     began = time.monotonic()
-                    await other.beat()
+                    try:
+                        await other.beat()
+                    except EnrollError as error:
+                        if error.code != "TUNNEL-045":  # it beats far too often, and is told so as fast
+                            raise
                     slowest = max(slowest, time.monotonic() - began)
 
             watching = asyncio.create_task(watch())

@@ -491,6 +491,24 @@ def test_a_channel_that_the_controller_closes_is_opened_again(ssh: Gateway, stan
     assert link.state is LinkState.UP
 
 
+def test_a_controller_that_wants_fewer_heartbeats_keeps_the_link(ssh: Gateway, stand: Stand) -> None:
+    refused = 0
+
+    def too_many(body: bytes, channel: Any) -> Any:
+        nonlocal refused
+        if refused < 5:
+            refused += 1
+            return 429, b"{}"
+        return ssh.heartbeat(body, channel)
+
+    link = stand.up(ssh.address)
+    ssh.answers[said.HEARTBEAT_PATH] = too_many
+    beats = len(ssh.beats)
+    until(lambda: refused == 5 and len(ssh.beats) > beats + 2, what="it goes on with heartbeats")
+    assert link.state is LinkState.UP
+    assert len(ssh.connections) == 1
+
+
 def test_heartbeats_without_answers_end_a_link_that_lives_otherwise(
     ssh: Gateway, stand: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,8 +16,8 @@ import pytest
 from controller_parts import NOW, Book, LoopClock, book, request, run_jumping
 
 from appliance.controller.events import Events
-from appliance.controller.fleet import SWEEP_S, Fleet, ping
-from appliance.controller.link import Link
+from appliance.controller.fleet import HEARTBEATS_AN_INTERVAL, SWEEP_S, Fleet, ping
+from appliance.controller.link import HEARTBEAT_BURST, Link
 from appliance.controller.records import SeRecord
 from appliance.controller.telemetry import History
 from appliance.protocol.fleet import Reason, State
@@ -350,6 +350,27 @@ def test_ending_an_se_closes_all_its_links(tmp_path: Path, doing: Act) -> None:
         assert state(stand, record.se_id)[0] is State.REVOKED
         assert not stand.fleet.is_up(ended)
         assert stand.told()[-1].startswith("UP -> REVOKED")
+
+    run(tmp_path, act)
+
+
+def test_a_link_that_beats_too_often_is_told_to_wait_and_stays(tmp_path: Path) -> None:
+    async def act(stand: Stand) -> None:
+        record, other = await stand.se(), await stand.se()
+        (link, conn), (quiet, _) = stand.up(record.se_id), stand.up(other.se_id)
+        waits = [stand.fleet.overdone_s(link) for _ in range(1000)]
+        assert [wait_s == 0 for wait_s in waits] == [True] * HEARTBEAT_BURST + [False] * (1000 - HEARTBEAT_BURST)
+        share_s = INTERVAL_S / HEARTBEATS_AN_INTERVAL
+        assert waits[-1] == pytest.approx(share_s)
+        assert stand.fleet.refusals["heartbeat"] == 1000 - HEARTBEAT_BURST
+        assert not conn.is_closed()
+        assert stand.fleet.overdone_s(quiet) == 0.0, "another's share is its own"
+        await asyncio.sleep(share_s)
+        assert stand.fleet.overdone_s(link) == 0.0
+        assert stand.fleet.overdone_s(link) > 0.0
+        for _ in range(200):  # the pace that is asked for, and twice that, as after a lost answer
+            await asyncio.sleep(INTERVAL_S / 2)
+            assert stand.fleet.overdone_s(link) == 0.0
 
     run(tmp_path, act)
 

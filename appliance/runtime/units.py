@@ -11,7 +11,9 @@ import pwd
 import re
 import shlex
 import stat
+import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 from appliance.errors import ModeError
@@ -37,6 +39,7 @@ UNITS: Mapping[Mode, tuple[str, ...]] = {
     Mode.SE: ("appliance-se.service", CONSOLE),
     Mode.NONE: (),
 }
+_PROGRESS_S = 5.0
 _SYSTEMCTL_TIMEOUT_S = 360.0
 """More than the units take to start or to stop."""
 
@@ -122,24 +125,44 @@ class SystemdMachine:
         give(self._paths, directory, user)
         if role is Mode.SE and (seed := self._paths.root / IMAGE_DIRECTORY).is_dir():
             give(self._paths, seed, user)  # its daemon destroys the image key there
-        for unit in (*UNITS[role], CONSOLE.replace(".path", ".service")):
-            self._install(self._unit_directory / unit, unit)
+        names = (*UNITS[role], CONSOLE.replace(".path", ".service"))
+        changed = [name for name in names if self._install(self._unit_directory / name, name)]
         self._systemctl("daemon-reload")
+        if changed or self._lacks_socket(role):
+            # What runs doesn't heed new units, and no socket can be opened beside its running daemon.
+            self._systemctl("stop", *UNITS[role])
         self._progress(f"systemd starts the role {role}")
         self._systemctl("enable", "--now", *UNITS[role])
         return []
+
+    def _lacks_socket(self, role: Mode) -> bool:
+        sockets = [unit for unit in UNITS[role] if unit.endswith(".socket")]
+        if not sockets:
+            return False
+        told = child.run(["systemctl", "is-active", *sockets], timeout_s=30.0, check=False).stdout.split()
+        return told != ["active"] * len(sockets)
 
     def _make_users(self) -> None:
         self._install(self._sysusers, SYSUSERS)
         child.run(["systemd-sysusers", str(self._sysusers)], timeout_s=30.0)
 
-    def _install(self, path: Path, name: str) -> None:
+    def _install(self, path: Path, name: str) -> bool:
+        """Writes a file, and returns whether it is another one than before."""
         make_dir(path.parent, mode=0o755)
-        text = render(name, self._units[name], settings=self._settings, command=child.self_command())
-        write_atomic(path, text.encode(), mode=0o644)
+        text = render(name, self._units[name], settings=self._settings, command=child.self_command()).encode()
+        is_new = not path.exists() or path.read_bytes() != text
+        write_atomic(path, text, mode=0o644)
+        return is_new
 
     def _systemctl(self, *arguments: str) -> None:
-        child.run(["systemctl", "--no-ask-password", *arguments], timeout_s=_SYSTEMCTL_TIMEOUT_S)
+        """Runs systemctl, which waits until daemons are ready or gone, and tells every few seconds that it waits."""
+        command = ["systemctl", "--no-ask-password", *arguments]
+        with ThreadPoolExecutor(1) as pool:
+            work = pool.submit(child.run, command, timeout_s=_SYSTEMCTL_TIMEOUT_S)
+            began = time.monotonic()
+            while wait([work], timeout=_PROGRESS_S).not_done:
+                self._progress(f"systemd is at work, {time.monotonic() - began:.0f} s so far")
+            work.result()
 
 
 def give(paths: Paths, directory: Path, user: str) -> None:

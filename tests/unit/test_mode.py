@@ -345,7 +345,12 @@ def test_a_bare_machine_says_what_it_did_not_do(paths: Paths) -> None:
 
 # systemd: the programs at the border are fakes in PATH.
 
-_FAKE = '#!/bin/sh\necho "$(basename "$0") $*" >> "$CALLS"\nexit ${FAIL:-0}\n'
+_FAKE = """#!/bin/sh
+if [ "$1" = is-active ]; then shift; for unit; do echo ${ACTIVE:-active}; done; exit; fi
+echo "$(basename "$0") $*" >> "$CALLS"
+sleep ${SLOW:-0}
+exit ${FAIL:-0}
+"""
 
 
 @pytest.fixture
@@ -377,6 +382,7 @@ def test_enabling_makes_users_directories_and_units(paths: Paths, calls: Path) -
     assert calls.read_text().splitlines() == [
         f"systemd-sysusers {paths.root}/etc/sysusers.d/appliance.conf",
         "systemctl --no-ask-password daemon-reload",
+        "systemctl --no-ask-password stop appliance-se.service appliance-console.path",
         "systemctl --no-ask-password enable --now appliance-se.service appliance-console.path",
     ]
     assert (paths.root / "etc/systemd/system/appliance-console.service").exists()
@@ -385,6 +391,39 @@ def test_enabling_makes_users_directories_and_units(paths: Paths, calls: Path) -
     assert f"ExecStart={sys.executable} -m appliance run" in unit
     assert paths.se_state.stat().st_mode & 0o777 == 0o700
     assert paths.lock.stat().st_uid == os.geteuid()
+
+
+_SOCKETS = "appliance-gateway.socket appliance-enroll.socket appliance-reverse.socket"
+
+
+@pytest.mark.parametrize(
+    ("active", "port", "is_stopped"), [("active", 22, False), ("inactive", 22, True), ("active", 2022, True)]
+)
+def test_what_runs_is_stopped_where_a_socket_is_closed_or_a_unit_changed(
+    paths: Paths, calls: Path, monkeypatch: pytest.MonkeyPatch, active: str, port: int, is_stopped: bool
+) -> None:
+    def machine(port: int) -> units.SystemdMachine:
+        listen = Controller(ssh_listen=f"0.0.0.0:{port}")
+        return systemd_machine(paths, Settings(users=Users(se="nobody", controller=_ME), controller=listen))
+
+    change(paths, Mode.CONTROLLER, machine(22))
+    calls.write_text("")
+    monkeypatch.setenv("ACTIVE", active)
+    change(paths, Mode.CONTROLLER, machine(port))
+    stopped = [line for line in calls.read_text().splitlines() if " stop " in line]
+    units_of = f"{_SOCKETS} appliance-controller.service appliance-console.path"
+    assert stopped == ([f"systemctl --no-ask-password stop {units_of}"] if is_stopped else [])
+
+
+def test_who_waits_for_systemd_is_told(paths: Paths, calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLOW", "0.1")
+    monkeypatch.setattr(units, "_PROGRESS_S", 0.02)
+    said: list[str] = []
+    machine = units.SystemdMachine(
+        paths, _SETTINGS, units=shipped_units(), progress=said.append, etc=paths.root / "etc"
+    )
+    change(paths, Mode.SE, machine)
+    assert "systemd is at work, 0 s so far" in said
 
 
 def test_leaving_disables_the_sockets_too(paths: Paths, calls: Path) -> None:

@@ -111,6 +111,8 @@ class Se(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     redial_most_s: Seconds = 30.0
     refresh_after_s: Seconds = 60.0
     """How long no link may come up before the SE asks for its grant again."""
+    retry_most_s: Annotated[float, Meta(gt=0, le=3600)] = 3600.0
+    """The longest that it waits because a controller told it when to ask again."""
     connect_timeout_s: Seconds = 10.0
     max_links: Annotated[int, Meta(ge=1, le=16)] = 3
     allow_curve25519: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import resource
@@ -13,6 +14,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,12 @@ import asyncssh
 import msgspec
 
 from appliance.cli.operator import Operator
+from appliance.controller.init import initialise
 from appliance.lab.simulated import Beats, SimulatedSe
 from appliance.paths import Paths
 from appliance.protocol.seed import Bundle
+from appliance.runtime.clock import SystemClock
+from appliance.runtime.mode import Mode, ModeDocument, document_of
 
 DEADLINE_S = 20.0
 
@@ -79,6 +85,12 @@ def core_limit(pid: int) -> tuple[int, int]:
     return resource.prlimit(pid, resource.RLIMIT_CORE)
 
 
+def set_mode(paths: Paths, role: Mode) -> None:
+    """Makes a root a controller's or an SE's, as `appliance mode set` leaves it."""
+    paths.mode_file.parent.mkdir(parents=True, exist_ok=True)
+    document_of(paths).save(ModeDocument(mode=role, target=role))
+
+
 class RunningController:
     """One controller on loopback."""
 
@@ -107,9 +119,17 @@ class RunningController:
         self.log = root / "daemon.log"
         self.process: subprocess.Popen[bytes] | None = None
         enroll, ssh = seen or (self.enroll_port, self.ssh_port)
-        ports = ("--enroll-port", str(enroll), "--ssh-port", str(ssh))
-        self.command("controller", "init", "--address", told or address, *ports, "--date", date)
-        self.command("mode", "set", "controller")
+        self._make_cluster(told or address, enroll, ssh, date)
+        set_mode(self.paths, Mode.CONTROLLER)
+
+    def _make_cluster(self, address: str, enroll_port: int, ssh_port: int, date: str) -> None:
+        """What `appliance controller init` does, in this process: most tests need a controller, few the command."""
+        make = functools.partial(
+            initialise, self.paths, addresses=[address], enroll_port=enroll_port, ssh_port=ssh_port,
+            clock=SystemClock(), date=int(time.time() if date == "now" else datetime.fromisoformat(date).timestamp()),
+        )  # fmt: skip
+        with ThreadPoolExecutor(1) as outside:  # of the loop that the caller may be in
+            outside.submit(make).result()
 
     def command(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Runs `appliance` on this root."""

@@ -37,7 +37,7 @@ from appliance.se import enroll, seed
 from appliance.se.believed import Beliefs
 from appliance.se.enroll import Awaiting, Done, Event, Failed, Phase, Progress, Refused
 from appliance.se.given import LOOK_S, GivenFile
-from appliance.se.https import MAX_ANSWER_BYTES, MAX_RETRY_AFTER_S, Answer, Conversation, believed_time
+from appliance.se.https import MAX_ANSWER_BYTES, Answer, Conversation, believed_time
 from appliance.se.identity import SeState, host_keys
 from appliance.settings import Se
 
@@ -361,7 +361,7 @@ class Enrollment:
             if text not in self._told:
                 self._told |= {text}
                 self._log.info("%s", text)
-            return Awaiting(min(max(1.0, pending.retry_after_s), MAX_RETRY_AFTER_S))
+            return Awaiting(min(max(1.0, pending.retry_after_s), self._settings.retry_most_s))
         return self._refused(answer, Step.GRANT)
 
     def _refused(self, answer: Answer, step: Step) -> Refused:
@@ -377,7 +377,7 @@ class Enrollment:
         self._tell(step, StepResult.FAILED, text, problem.code, problem.advice)
         self._line(f"refused: {text} ({problem.code})")
         self._log.warning("the controller refused: %s", text, extra={"code": problem.code, "advice": problem.advice})
-        retry_after_s = min(max(answer.retry_after_s, float(problem.retry_after_s)), MAX_RETRY_AFTER_S)
+        retry_after_s = min(max(answer.retry_after_s, float(problem.retry_after_s)), self._settings.retry_most_s)
         return Refused(problem.code, retry_after_s, problem.nonce)
 
     def _checked(self, grant: Grant) -> Grant:

@@ -92,6 +92,20 @@ def test_a_forged_request_is_refused(controller: RunningController, name: str) -
     assert answer.status in {400, 403}
 
 
+def test_a_kid_that_is_not_the_ses_own_is_refused(controller: RunningController) -> None:
+    """Signed by the key in the payload, but it says to be another's: what is logged and looked up must be one key."""
+
+    def make(nonce: str, se: SimulatedSe) -> bytes:
+        payload = jws.decode_part(json.loads(se.signed_enrollment(nonce))["payload"])
+        image = Identity.from_pkcs8(se.bundle.image_key.encode())
+        signers = [("image", se.bundle.image_key_id, image), ("se", Identity.create().thumbprint, se.identity)]
+        return signatures.sign(payload, signers)  # type: ignore[arg-type]
+
+    answer = send(controller, enroll.ENROLL_PATH, make)
+    assert code(answer) == "ENROLL-001"
+    assert b"the second kid" in answer.body
+
+
 def test_a_refresh_by_another_key_is_refused(controller: RunningController) -> None:
     """Who knows an SE's id and fingerprint, which are no secrets, gets no grant of it."""
 

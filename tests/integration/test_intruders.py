@@ -76,7 +76,8 @@ def test_an_image_key_revoked_while_many_enroll_lets_nobody_in_afterwards(contro
             coming = [asyncio.create_task(keep_coming()) for _ in range(8)]
             await until_async(lambda: came() >= 3, what="the first ones are in")
             answer = await asyncio.to_thread(controller.operator.revoke_image_key, bundle.image_key_id, reason="leaked")
-            refused = await asyncio.gather(*coming, return_exceptions=True)
+            async with asyncio.timeout(20):
+                refused = await asyncio.gather(*coming, return_exceptions=True)
             assert {getattr(error, "code", error) for error in refused} == {"ENROLL-007"}
             # Who got a grant got it before the operator had his answer, which names them all.
             assert granted == len(answer.ses) == came()
@@ -100,7 +101,8 @@ def test_an_se_revoked_while_it_asks_gets_nothing_afterwards(controller: Running
             await until_async(lambda: len(answered) >= 4, what="it is answered")
             await asyncio.to_thread(controller.operator.revoke_se, "revoked-asking", reason="test")
             revoked_at = time.monotonic()
-            outcomes = await asyncio.gather(*asking, return_exceptions=True)
+            async with asyncio.timeout(20):
+                outcomes = await asyncio.gather(*asking, return_exceptions=True)
             assert {found.code for found in outcomes if isinstance(found, EnrollError)} == {"ENROLL-014"}
             # What was answered when the operator had his answer may still have been on its way.
             assert not [at for at in answered if at > revoked_at + 0.5]

@@ -29,11 +29,14 @@ import pytest
 import rig
 from rig import RunningController, until
 
-from appliance.lab import programs, sshd
+from appliance.lab import sshd
 from appliance.lab.layout import Layout, SePart
 from appliance.protocol.why import Chain, Step, StepResult
 from appliance.runtime.child import Daemon
 from appliance.runtime.health import HealthDocument, read_health
+from appliance.runtime.mode import Mode
+from image_builder import output
+from image_builder import seed as baking
 
 INTERVAL_S = 1.0
 """Between heartbeats, in these tests."""
@@ -41,7 +44,13 @@ NOTICE_S = INTERVAL_S + 2 * 2.0
 """The watchdog's promise: a dead peer is noticed within the interval and two deadlines."""
 SLACK_S = 1.0
 """What two busy cores may add."""
-QUICK = {"redial_first_s": 0.1, "redial_most_s": 1.0, "connect_timeout_s": 2.0, "telemetry_interval_s": 0.5}
+QUICK = {
+    "redial_first_s": 0.1,
+    "redial_most_s": 1.0,
+    "connect_timeout_s": 2.0,
+    "telemetry_interval_s": 0.5,
+    "retry_most_s": 1.0,
+}
 
 
 class Resources(NamedTuple):
@@ -208,13 +217,15 @@ class RealSe:
         self.bake(bundle)
         self.paths.settings_file.parent.mkdir(parents=True, exist_ok=True)
         self.write_settings(settings or {}, clock or {})
-        programs.set_mode(self.paths, "se")
+        rig.set_mode(self.paths, Mode.SE)
 
     def bake(self, bundle: Path) -> None:
         """Bakes a seed from `bundle` beside the root; an older one is replaced."""
         seed = self._layout.seed(self.name)
         shutil.rmtree(seed, ignore_errors=True)
-        programs.bake(bundle, seed, self.name)
+        now = int(time.time())
+        baked = baking.bake(bundle.read_bytes(), baking.Wishes(name=self.name), baked_at=now, now=now)
+        output.place(baked.files, directory=seed, iso=None, iso_content=b"")
 
     def write_settings(self, own: dict[str, Any], clock: dict[str, Any]) -> None:
         """Writes the settings file."""
@@ -331,15 +342,17 @@ class Site:
 
     def __init__(
         self, root: Path, *, settings: dict[str, Any] | None = None, clock: dict[str, Any] | None = None,
-        address: str = "", date: str = "now",
+        address: str = "", date: str = "now", name: str = "",
     ) -> None:  # fmt: skip
-        """With an `address` the controller listens there, and SEs reach it without a cable of ours."""
+        """With an `address` the controller listens there, and SEs reach it without a cable of ours, by `name` where
+        there is one."""
         self.layout = Layout(root)
         self.enroll, self.ssh = Cable(), Cable()
         self.ses: list[RealSe] = []
         user = pwd.getpwuid(os.geteuid()).pw_name
         terms = {"heartbeat_interval_s": INTERVAL_S, "reverse_users": [user], **(settings or {})}
-        where: dict[str, Any] = {"address": address} if address else {"seen": (self.enroll.port, self.ssh.port)}
+        at = {"address": address, "told": name}
+        where: dict[str, Any] = at if address else {"seen": (self.enroll.port, self.ssh.port)}
         self.controller = RunningController(
             self.layout.controller.root, settings=terms, clock=clock, date=date, **where
         )

@@ -676,11 +676,13 @@ def test_leases_that_cannot_end_on_a_full_disk_end_later(tmp_path: Path, monkeyp
         lease = await store.lease(1)
         await store.txn([], [Put("a", b"", lease)])
         async with contextlib.aclosing(store.watch("a")) as events:
-            refused = threading.Event()
-            store._writing.set_trace_callback(lambda text: refused.set() if text == "ROLLBACK" else None)
+            tried = threading.Semaphore(0)
+            store._writing.set_trace_callback(lambda text: tried.release() if text == "BEGIN IMMEDIATE" else None)
             for connection in opened:
                 connection.execute("PRAGMA query_only = ON")
-            await asyncio.to_thread(refused.wait, 30)
+            # The second try says that the first one was refused, and that it goes on.
+            for _ in range(2):
+                assert await asyncio.to_thread(tried.acquire, timeout=30)
             assert await store.get("a") is not None
             for connection in opened:
                 connection.execute("PRAGMA query_only = OFF")

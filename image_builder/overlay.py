@@ -159,6 +159,8 @@ def places(role: Role, *, root_guid: str, openssh: tuple[int, int], units: dict[
             path="etc/systemd/resolved.conf.d/10-appliance.conf",
             text="# Names come from DNS; these would listen on every address.\n[Resolve]\nLLMNR=no\nMulticastDNS=no\n",
         ),
+        # Cleans up after scrubbing LVM snapshots, of which there are none: it only holds up the boot.
+        Place(path="etc/systemd/system/e2scrub_reap.service", link="/dev/null"),
         Place(
             path="etc/systemd/journald.conf.d/10-appliance.conf",
             text="[Journal]\nStorage=persistent\nSystemMaxUse=64M\n",

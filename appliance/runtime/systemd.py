@@ -44,6 +44,22 @@ def watchdog_interval_s(*, environ: Mapping[str, str] = os.environ) -> float | N
     return int(allowed_us) / 2e6
 
 
+def watchdog_limit(allowed_s: float | None = None, *, environ: Mapping[str, str] = os.environ) -> str:
+    """Returns the lines that feed the watchdog and say how long it shall wait for the next time; "" without one.
+
+    For a process that replaces itself: until the new program feeds it, nobody does, and on a slow machine a start takes
+    longer than a hang may (sd_notify(3), WATCHDOG_USEC).
+
+    Args:
+        allowed_s: how long; None takes what the unit says.
+        environ: of this process.
+    """
+    if watchdog_interval_s(environ=environ) is None:
+        return ""
+    allowed_us = environ["WATCHDOG_USEC"] if allowed_s is None else str(int(allowed_s * 1e6))
+    return f"\nWATCHDOG=1\nWATCHDOG_USEC={allowed_us}"
+
+
 def listen_fds(*, environ: MutableMapping[str, str] = os.environ) -> dict[str, socket.socket]:
     """Takes the listening sockets that systemd opened for this process, by their `FileDescriptorName`.
 

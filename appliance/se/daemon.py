@@ -40,6 +40,9 @@ from appliance.storage.lock import RootLock
 STOP_S = 2.5
 """How long services may take to end."""
 
+START_OVER_S = 300.0
+"""How long this process may take to replace itself before the watchdog takes it for hung."""
+
 _log = log.bind("daemon")
 _ENROLL_STEPS = (Step.BOOT, Step.TLS, Step.NONCE, Step.GRANT, Step.STORED)
 
@@ -66,7 +69,7 @@ def run(paths: Paths, settings: Settings) -> int:
         beliefs.load(state.grant.trust if state.grant else None)
         earlier = read_health(paths.health_file)
         health = Health(paths.health_file, "se", clock)
-        systemd.notify("READY=1")
+        systemd.notify("READY=1" + systemd.watchdog_limit())
         if state.grant is None:
             _enroll(paths, settings, stop, clock=clock, state=state, beliefs=beliefs, health=health)
         else:
@@ -103,6 +106,7 @@ def _start_over() -> None:
             name: value for name, value in os.environ.items() if name.startswith(("NOTIFY_SOCKET", "WATCHDOG_"))
         }
     _log.info("the daemon starts over: only enrolling needs what enrolling loads")
+    systemd.notify("STATUS=starting over" + systemd.watchdog_limit(START_OVER_S))
     _flush_log()
     os.execve(command[0], command, environment)  # noqa: S606 - ourselves, with our own arguments
 

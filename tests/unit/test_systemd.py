@@ -58,6 +58,13 @@ def test_the_watchdog_is_fed_twice_as_often_as_asked(environ: dict[str, str], ex
     assert systemd.watchdog_interval_s(environ=environ) == expected
 
 
+def test_a_process_that_replaces_itself_gives_the_watchdog_more_time() -> None:
+    environ = {"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": str(os.getpid())}
+    assert systemd.watchdog_limit(300.0, environ=environ) == "\nWATCHDOG=1\nWATCHDOG_USEC=300000000"
+    assert systemd.watchdog_limit(environ=environ) == "\nWATCHDOG=1\nWATCHDOG_USEC=30000000"
+    assert systemd.watchdog_limit(300.0, environ={}) == ""
+
+
 _CHILD = """
 import os, sys
 from appliance.errors import SettingsError

@@ -19,9 +19,9 @@ import msgspec
 from appliance.errors import ImageError, StorageError
 from appliance.pki.manifest_signature import sign_manifest
 from appliance.pki.secret import Secret
+from appliance.protocol.ovf import CLASS
 
 TRANSPORTS = "iso com.vmware.guestInfo"
-CLASS = "appliance"
 MAX_TAR_MEMBER = 8 * 1024**3 - 1
 """ustar's limit; larger members need extensions that importers don't know."""
 VMDK_OPTIONS = ("-o", "subformat=streamOptimized,adapter_type=lsilogic")

@@ -18,10 +18,10 @@ import msgspec
 
 from appliance.errors import ApplianceError, ImageError
 from appliance.pki.manifest_signature import check_manifest
+from image_builder import ovf_structure
+from image_builder.ovf_structure import OVF, RASD
 
 MAX_TEXT_BYTES = 1024 * 1024
-OVF = "{http://schemas.dmtf.org/ovf/envelope/1}"
-RASD = "{http://schemas.dmtf.org/wbem/wscim/1/cim-schema/2/CIM_ResourceAllocationSettingData}"
 
 _LINE = re.compile(r"SHA256\(([^()]+)\)= ([0-9a-f]{64})")
 _STREAM_OPTIMIZED_FLAGS = 0x30000
@@ -152,6 +152,7 @@ def _read_descriptor(
     if envelope.tag != f"{OVF}Envelope":
         problems.append(f"the descriptor's root is {envelope.tag}, an OVF 1.x Envelope expected")
         return [], []
+    problems += ovf_structure.check(envelope)
     _check_disks(envelope, sizes, capacity, problems)
     hardware = next(envelope.iter(f"{OVF}VirtualHardwareSection"), None)
     transports = (hardware.get(f"{OVF}transport", "") if hardware is not None else "").split()

@@ -37,9 +37,11 @@ def network(*controllers: RunningController) -> str:
     return ",".join(words)
 
 
-def bake(directory: Path, controller: RunningController, *more: str | Path, name: str = "se") -> Path:
-    """Bakes an SE image of our own system with the controller's first bundle, and returns the qcow2."""
-    bundle = next((controller.paths.controller_state / "bundles").glob("*.json"))
+def bake(
+    directory: Path, controller: RunningController, *more: str | Path, name: str = "se", bundle: Path | None = None
+) -> Path:
+    """Bakes an SE image of our own system, with the controller's first bundle or another, and returns the qcow2."""
+    bundle = bundle or next((controller.paths.controller_state / "bundles").glob("*.json"))
     image_builder(
         "build", "--name", name, "--bundle", bundle, "--agent-directory", AGENT, "--output-directory", directory, *more
     )

@@ -7,19 +7,25 @@ after it was switched off, and asked over its own reverse path while it ran.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
 
+import machine_disk
 import pytest
-from fleet import bake, controller_for_vms, in_vm, network, wait_up
+from fleet import UP_S, bake, controller_for_vms, in_vm, network, wait_up
 from qemu import Vm
 from rig import RunningController, until
 
 from appliance.pki.identity import Identity
+from appliance.protocol import strict_json
+from image_builder import iso
+from image_builder.seed import SeedFile
 
 pytestmark = [pytest.mark.frozen]
 
@@ -209,3 +215,120 @@ def test_an_image_boots_by_uefi_enrolls_and_stays_who_it_is(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_an_image_boots_by_bios_enrolls_and_stays_who_it_is(tmp_path: Path) -> None:
     boot_and_check(tmp_path, firmware="bios")
+
+
+# --- what else can come -----------------------------------------------------------------------------------------------
+
+
+MARK = "foreign user-data ran here"
+
+
+def evil_seed(rogue: RunningController) -> dict[str, bytes]:
+    """All that an attacker with a cluster of their own would bake, and user-data that runs as root."""
+    bundle = rogue.bundle
+    seed = {
+        "schema": 1, "cluster_id": "", "image_key_id": bundle.image_key_id, "image_id": "evil", "baked_at": 1,
+        "controllers": bundle.controllers, "hints": {"name": "evil", "labels": {"by": "disk"}},
+    }  # fmt: skip
+    run = ["sh", "-c", f"echo {MARK} >/dev/console; echo {MARK} >/etc/marked"]
+    return {
+        "user-data": f"#cloud-config\nbootcmd: {json.dumps([run])}\nruncmd: {json.dumps([run])}\n".encode(),
+        "meta-data": b"instance-id: evil\nlocal-hostname: evil\n",
+        "seed.json": json.dumps(seed).encode(),
+        "root-ca.pem": bundle.root_ca.encode(),
+        "trust.json": strict_json.encode(bundle.trust),
+        "image-key.pem": bundle.image_key.encode(),
+    }
+
+
+@pytest.mark.slow
+def test_foreign_disks_do_not_choose_whom_a_vm_trusts(tmp_path: Path) -> None:
+    """A CD labelled cidata and a disk with a partition of our own type and name, both with another cluster's trust."""
+    with (
+        controller_for_vms(tmp_path / "home") as home,
+        controller_for_vms(tmp_path / "rogue") as rogue,
+    ):
+        image = bake(tmp_path, home, "--seed-name", "edge-1")
+        evil = evil_seed(rogue)
+        cd, disk = tmp_path / "evil.iso", tmp_path / "evil.disk"
+        cd.write_bytes(iso.render([SeedFile(name, content, 0o644) for name, content in evil.items()], at=1))
+        machine_disk.make(disk, evil)
+        digest = hashlib.sha256(disk.read_bytes()).digest()
+        with Vm(tmp_path, image, firmware="bios", network=network(home, rogue), cdroms=[cd], disks=[disk]) as vm:
+            vm.wait_for("its trust document is left alone")
+            until(lambda: home.operator.ses(), what="the SE is enrolled at home", deadline_s=UP_S)
+            (se,) = home.operator.ses()
+            wait_up(home, se.name)
+            # Hints are hints: they name the SE, and decide nothing.
+            assert (se.name, se.labels) == ("evil", {"by": "disk"})
+            vm.wait_for(r"Cloud-init v\. \S+ finished|Reached target .*Cloud-init target")
+            vm.power_button()
+            vm.wait_off(deadline_s=300)
+        assert rogue.operator.ses() == []
+        assert MARK not in vm.console()
+        raw = vm.raw_disk()
+        root = read_root(raw, "/etc/appliance/seed/root-ca.pem")
+        assert root.strip() == home.bundle.root_ca.strip()
+        assert read_root(raw, "/etc/marked") == ""
+        assert found_on(raw, forms_of_the_image_key(rogue)) == [], "another cluster's image key was taken over"
+        assert hashlib.sha256(disk.read_bytes()).digest() == digest
+
+
+@pytest.mark.slow
+def test_a_copy_of_a_disk_that_booted_is_found_out(tmp_path: Path) -> None:
+    with controller_for_vms(tmp_path / "controller") as controller:
+        image = bake(tmp_path, controller, "--seed-name", "edge-1")
+        with Vm(tmp_path, image, firmware="bios", network=network(controller)) as vm:
+            wait_up(controller, "edge-1")
+            vm.wait_for(r"Cloud-init v\. \S+ finished|Reached target .*Cloud-init target")
+            vm.power_button()
+            vm.wait_off(deadline_s=300)
+            first = controller.operator.se("edge-1").facts.boot_id
+        shutil.copyfile(vm.overlay, tmp_path / "copy.qcow2")
+        terms = {"firmware": "bios", "network": network(controller), "fresh": False}
+        with Vm(tmp_path, image, **terms) as original:  # type: ignore[arg-type]
+            booted(controller, "edge-1", before=first, deadline_s=UP_S)
+            assert controller.operator.se("edge-1").alarms == []
+            with Vm(tmp_path, image, name="copy", mac="52:54:00:12:34:57", **terms) as copy:  # type: ignore[arg-type]
+                copy.wait_for(r"appliance: se DOWN: node 1 quarantined")
+            assert original.pid
+            detail = controller.operator.se("edge-1")
+            assert detail.facts.macs == ["52:54:00:12:34:56"], "the link that was there stays"
+            assert any("clone" in alarm for alarm in detail.alarms), detail.alarms
+        assert [key.uses for key in controller.operator.image_keys()] == [1]
+
+
+@pytest.mark.slow
+def test_without_network_it_waits_and_without_approval_it_shows_its_key(tmp_path: Path) -> None:
+    """A static address, no cable at first, and an image key that asks an operator."""
+    with controller_for_vms(tmp_path / "controller") as controller:
+        bundle = tmp_path / "approve.json"
+        controller.command("image-key", "create", "--policy", "approve", "--out", str(bundle))
+        image = bake(
+            tmp_path,
+            controller,
+            "--seed-name",
+            "edge-1",
+            "--address",
+            "10.0.2.33/24",
+            "--dns",
+            "10.0.2.3",
+            bundle=bundle,
+        )
+        with Vm(tmp_path, image, firmware="uefi", network=network(controller)) as vm:
+            vm.wait_for("BdsDxe: starting|Linux version|systemd", deadline_s=UP_S)
+            vm.set_link(up=False)
+            vm.wait_for(r"appliance: se ENROLLING: nonce: .*")
+            assert controller.operator.ses() == []
+            vm.set_link(up=True)
+            key = vm.wait_for(
+                r"appliance: se ENROLLING: an operator must approve this SE; its key is SHA256:\S+ \[10\.0\.2\.33\]"
+            )
+            fingerprint = re.search(r"SHA256:\S+", key)
+            assert fingerprint is not None
+            controller.command("se", "approve", fingerprint[0])
+            wait_up(controller, "edge-1")
+            vm.wait_for(r"appliance: se UP: node 1 up \[10\.0\.2\.33, 127\.1\.0\.1\]")
+            resolved = in_vm(controller, tmp_path, "edge-1", "cat /run/systemd/resolve/resolv.conf; hostname").stdout
+            assert "nameserver 10.0.2.3\n" in resolved
+            assert resolved.endswith("edge-1\n")

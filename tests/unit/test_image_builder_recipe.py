@@ -78,6 +78,13 @@ def test_sizes(tmp_path: Path, text: str, mib: int) -> None:
         ({"ova__key": "/nowhere"}, "both or none"),
         ({"hooks": ["/nowhere"]}, "the hook /nowhere can't be read"),
         ({"operator_key": "/nowhere"}, "operator_key is neither"),
+        ({"token": "/nowhere"}, "token is neither"),
+        ({"token": "enroll-x"}, "token: that is no token"),
+        (
+            {"bundle": None, "image_key__create": True, "image_key__policy": "all"},
+            "image_key.policy 'all': open, token",
+        ),
+        ({"bundle": None, "image_key__create": True, "image_key__networks": ["10.0.0.1/8"]}, "such as 192.0.2.0/24"),
     ],
 )
 def test_mistakes(tmp_path: Path, values: dict[str, Any], told: str) -> None:
@@ -140,6 +147,18 @@ def test_an_operator_key_may_stand_in_a_file(tmp_path: Path) -> None:
     found, problems = checked(tmp_path, operator_key=str(tmp_path / "key.pub"))
     assert not problems
     assert found.cloud.operator_key == f"{KEY} me@here"
+
+
+def test_words_that_may_be_files_are_relative_to_the_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text(f'operator_key = "operator.pub"\ntoken = "vm.token"\n[base]\nimage = "{recipe.OWN_BASE}"\n')
+    problems: list[str] = []
+    found = recipe.read_file(path, problems)
+    assert (found["operator_key"], found["token"]) == (str(tmp_path / "operator.pub"), str(tmp_path / "vm.token"))
+    assert found["base.image"] == recipe.OWN_BASE
+    path.write_text(f'operator_key = "{KEY}"\ntoken = "enroll-x"\n')
+    assert recipe.read_file(path, problems) == {"operator_key": KEY, "token": "enroll-x"}
+    assert not problems
 
 
 def test_every_field_has_an_option_of_its_own() -> None:

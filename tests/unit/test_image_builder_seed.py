@@ -22,7 +22,7 @@ from appliance.pki import image_key, ssh_keys
 from appliance.pki.authority import Authority
 from appliance.pki.identity import Identity
 from appliance.pki.trust import verify_trust
-from appliance.protocol import strict_json
+from appliance.protocol import strict_json, token
 from appliance.protocol.seed import Seed
 from appliance.protocol.trust import TRUST_TYPE, Envelope
 from image_builder import cli, iso, output
@@ -275,6 +275,52 @@ def test_the_command_writes_folder_and_iso(
 
     assert run(monkeypatch, *arguments) == SeedError.exit_code
     assert "exists already" in capsys.readouterr().err
+
+
+def test_a_seed_takes_every_field_that_it_can_carry(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle, folder, secret, hook = (tmp_path / name for name in ("b.json", "seed", "token", "prepare.sh"))
+    bundle.write_bytes(cluster.bundle())
+    text = token.compose(b"t" * 32)
+    secret.write_text(text + "\n")
+    hook.write_text("#!/bin/sh\n")
+    key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJzCZ1pSBUL9KDvQkWqKYBdRNVEeUnJGuJ0pvDjiRqYP"
+    given = {
+        "--bundle": bundle, "--out": folder, "--seed-name": "edge-1", "--token": secret, "--hook": hook,
+        "--controller": "10.0.0.1,[2001:db8::1]:444", "--label": "site=north", "--hostname": "branch",
+        "--timezone": "Europe/Berlin", "--operator-key": key, "--network-address": "192.0.2.10/24",
+        "--network-gateway": "192.0.2.1", "--network-dns": "192.0.2.53", "--network-vlan": "12",
+    }  # fmt: skip
+    words = [str(word) for pair in given.items() for word in pair]
+    assert run(monkeypatch, "seed", *words, "--json") == 0
+    said = capsys.readouterr().out
+    assert json.loads(said)["has_token"] is True
+    assert text not in said
+    found = strict_json.decode((folder / "seed.json").read_bytes(), Seed, max_bytes=1 << 16)
+    assert (found.token, found.hints.name, found.hints.labels) == (text, "edge-1", {"site": "north"})
+    assert found.controllers == ["10.0.0.1:8443", "[2001:db8::1]:444"]
+    assert stat.S_IMODE((folder / "seed.json").stat().st_mode) == 0o600
+    user = (folder / "user-data").read_text()
+    assert all(word in user for word in ("Europe/Berlin", "branch", key, "01-prepare.sh"))
+    network = (folder / "network-config").read_text()
+    assert all(word in network for word in ("192.0.2.10/24", "192.0.2.1", "192.0.2.53", "vlan12"))
+
+
+def test_a_seeds_mistakes_name_the_field_and_never_the_token(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tmp_path / "b.json"
+    bundle.write_bytes(cluster.bundle())
+    words = ["seed", "--bundle", str(bundle), "--out", str(tmp_path / "seed"), "--cluster", "c-2"]
+    words += ["--image-key-id", "ik-2", "--timezone", "no zone", "--network-vlan", "5000"]
+    for wrong in ("enroll-most-of-a-secret", "most-of-a-secret"):
+        assert run(monkeypatch, *words, "--token", wrong) == SeedError.exit_code
+        said = capsys.readouterr().err
+        wanted = ("'c-2' was named", "'ik-2' was named", "timezone 'no zone'", "vlan 5000", "- token")
+        assert all(one in said for one in wanted), said
+        assert "most-of-a-secret" not in said
+    assert not (tmp_path / "seed").exists()
 
 
 def test_the_commands_mistakes_come_together(

@@ -97,6 +97,8 @@ class Disk:
         """
         if self._root_device is None:
             return
+        # udev looks into the partitions of a table that was written; while it does, none can be taken away
+        child.run(["udevadm", "settle", "--timeout=90"], timeout_s=_TOOL_TIMEOUT_S, check=False)
         try:
             child.run(["partx", "--delete", "--nr", str(number), str(self.path)], timeout_s=_TOOL_TIMEOUT_S)
         except ChildError as error:

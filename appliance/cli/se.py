@@ -178,7 +178,7 @@ def _detail_fields(detail: SeDetail, now: float) -> list[tuple[str, Cell]]:
         ("DMI UUID", facts.dmi_uuid or output.NONE),
         ("instance-id", facts.instance_id or output.NONE),
         ("MAC addresses", " ".join(facts.macs) or output.NONE),
-        ("image digest", facts.image_digest or output.NONE),
+        ("image", f"{facts.image_digest or output.NONE} ({detail.image or 'not in the ledger'})"),
         *(("drift", output.Styled(text, "yellow")) for text in detail.drift),
         *(("alarm", output.Styled(text, "bold red")) for text in detail.alarms),
     ]

@@ -411,6 +411,7 @@ class Fleet:
             alarms.append("the SE came back with an older link ticket (snapshot or restored disk)")
         if link is not None and link.open_doors:
             alarms.append(unconfined(link.open_doors))
+        image = self.registry.image(record.facts.image_digest)
         return SeDetail(
             summary=self.summary(record),
             status=record.status.value,
@@ -422,6 +423,7 @@ class Fleet:
             last_heartbeat_at=self.last_heartbeat_at(record.se_id),
             drift=drift(record),
             alarms=alarms,
+            image=f"{image.name}{', revoked' * bool(image.revoked_at)}" if image else "",
         )
 
     def close_se(self, record: SeRecord, text: str) -> int:

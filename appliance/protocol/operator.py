@@ -102,6 +102,8 @@ class SeDetail(msgspec.Struct, kw_only=True):
     drift: list[str]
     """Changed self-asserted facts, one sentence each."""
     alarms: list[str]
+    image: str = ""
+    """Name and fate of the image that it says it is from; "" where the ledger doesn't have that."""
 
 
 class ImageKeyTermsWish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

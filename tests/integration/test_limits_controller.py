@@ -53,8 +53,9 @@ def test_a_link_that_beats_a_thousand_times_is_told_to_wait_and_stays(controller
             statuses, waits = [], set()
             for sequence in range(1000):
                 body = strict_json.encode(Heartbeat(sequence=sequence, time=time.time()))
-                head = f"POST {tunnel.HEARTBEAT_PATH} HTTP/1.1\r\nhost: c\r\ncontent-length: {len(body)}\r\n\r\n"
-                writer.write(head.encode() + body)
+                host = (tunnel.CHANNEL_HOST, "other")[sequence % 2]  # as an agent says it, and not
+                head = f"POST {tunnel.HEARTBEAT_PATH} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n"
+                writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
                 lines = (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)).decode().lower().split("\r\n")
                 headers = dict(line.split(": ", 1) for line in lines[1:] if line)
                 said = await reader.readexactly(int(headers["content-length"]))

@@ -31,6 +31,7 @@ MAX_HOOKS = 16
 
 _INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,14}|[A-Za-z0-9_.*?-]{1,15}")
 _TIMEZONE = re.compile(r"[A-Za-z0-9_+-]{1,32}(/[A-Za-z0-9_+-]{1,32}){0,2}")
+_NTP = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.:-]{0,252}[A-Za-z0-9])?")
 _HOOK_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
@@ -69,6 +70,8 @@ class CloudWishes(msgspec.Struct, frozen=True, kw_only=True):
     operator_key: str = ""
     """OpenSSH public key line."""
     network: Network = Network()
+    ntp: Sequence[str] = ()
+    """Names or addresses of time servers; none leaves the system's own."""
     hooks: Sequence[Hook] = ()
 
 
@@ -88,6 +91,8 @@ def check(wishes: CloudWishes) -> list[str]:
         if "\n" in wishes.operator_key.strip():
             problems.append("operator_key: one line expected")
     problems += _check_network(wishes.network)
+    wrong = [text for text in wishes.ntp if not _NTP.fullmatch(text)]
+    problems += [f"network ntp {text!r}: a name or an address expected" for text in wrong]
     if len(wishes.hooks) > MAX_HOOKS:
         problems.append(f"{len(wishes.hooks)} hooks, at most {MAX_HOOKS} fit")
     for hook in wishes.hooks:
@@ -143,6 +148,8 @@ def user_data(
         config |= {"hostname": hostname, "preserve_hostname": False}
     if wishes.timezone:
         config["timezone"] = wishes.timezone
+    if wishes.ntp:
+        config["ntp"] = {"enabled": True, "servers": list(wishes.ntp)}
     files = [
         {
             "path": f"{HOOKS_DIRECTORY}/{number:02}-{hook.name}",

@@ -32,7 +32,7 @@ from image_builder.overlay import Role
 from image_builder.steps import Steps
 
 TREE_FORM = 2
-SYSTEM_FORM = 5
+SYSTEM_FORM = 6
 """Raised when the same inputs make another tree or disk than before."""
 DEFAULT_EPOCH = 1_700_000_000
 KEPT = 3

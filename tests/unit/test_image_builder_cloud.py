@@ -17,6 +17,7 @@ from image_builder.cloud import CloudWishes, Hook, Network, Target
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJzCZ1pSBUL9KDvQkWqKYBdRNVEeUnJGuJ0pvDjiRqYP"
 FULL = CloudWishes(
     timezone="Europe/Berlin",
+    ntp=["ntp.example", "192.0.2.123"],
     operator_key=f"{KEY} me",
     hooks=[Hook("first.sh", b"#!/bin/sh\ntrue\n"), Hook("second", b"#!/usr/bin/env python3\n")],
     network=Network(
@@ -37,6 +38,7 @@ def test_user_data_for_our_own_system() -> None:
     config = values(cloud.user_data(FULL, target=Target.OWN, hostname="edge", mode="se"))
     assert config["hostname"] == "edge"
     assert config["timezone"] == "Europe/Berlin"
+    assert config["ntp"] == {"enabled": True, "servers": ["ntp.example", "192.0.2.123"]}
     assert config["users"] == ["default"]
     assert config["ssh_authorized_keys"] == [f"{KEY} me"]
     assert config["runcmd"] == [
@@ -186,3 +188,9 @@ def test_a_foreign_system_takes_the_image_key_once_and_scrubs_its_partition(tmp_
         assert copy.read_text() == "-----BEGIN\nx\n"
         assert copy.stat().st_mode & 0o777 == 0o600
         assert (here / "image-key.pem").read_bytes() == bytes(13)
+
+
+def test_a_time_server_is_a_name_or_an_address() -> None:
+    assert cloud.check(CloudWishes(ntp=["a.example", "2001:db8::7"])) == []
+    (problem,) = cloud.check(CloudWishes(ntp=["a; reboot"]))
+    assert "ntp 'a; reboot'" in problem

@@ -12,7 +12,7 @@ from cluster_bundle import NOW, Cluster
 from machine_disk import META_DATA, SEED_BYTES, SEED_START, USER_DATA
 
 from appliance.errors import ChildError, StorageError
-from appliance.machine import cloud_seed, role, wishes
+from appliance.machine import cloud_seed, console, role, wishes
 from appliance.machine.disk import Disk
 from appliance.machine.first_boot import FirstBoot, Record, Step, next_step
 from appliance.machine.media import Medium
@@ -405,6 +405,20 @@ def test_hooks_are_seen() -> None:
     assert cloud_seed.has_hooks(b"#!/bin/sh\n"), "what can't be read may hold anything"
     assert not cloud_seed.has_hooks(USER_DATA)
     assert not cloud_seed.has_hooks(b"#cloud-config\n")
+
+
+def test_the_console_shows_one_line_on_each_that_the_kernel_uses(tmp_path: Path) -> None:
+    active = tmp_path / "sys/class/tty/console/active"
+    active.parent.mkdir(parents=True)
+    active.write_text("tty0 ttyS0 gone\n")
+    for name in ("tty0", "ttyS0", "other"):
+        (tmp_path / name).write_bytes(b"")
+    console.say("first boot: \x1b[2J\u00e9 done", sys=tmp_path / "sys", dev=tmp_path)
+    assert (tmp_path / "tty0").read_bytes() == b"\r\nappliance: first boot: ?[2J? done\r\n"
+    assert (tmp_path / "ttyS0").read_bytes() == (tmp_path / "tty0").read_bytes()
+    assert (tmp_path / "other").read_bytes() == b""
+    assert not (tmp_path / "gone").exists()
+    console.say("x", sys=tmp_path / "nowhere", dev=tmp_path)
 
 
 # --- the role --------------------------------------------------------------------------------------------------------

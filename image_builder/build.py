@@ -6,6 +6,7 @@ finished gets its name last, all of it or nothing. The same recipe, inputs and b
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -14,9 +15,10 @@ import msgspec
 
 from appliance.errors import ApplianceError
 from appliance.protocol import seed as protocol
+from appliance.protocol.image import REPORT_SCHEMA, ImageReport
 from appliance.runtime import child
 from image_builder import agent as agent_files
-from image_builder import boot_disk, cloud, controller, debian, disk, iso, minimal, ova, overlay, sbom
+from image_builder import boot_disk, cloud, controller, debian, disk, iso, minimal, ova, overlay, register, sbom
 from image_builder.agent import Agent
 from image_builder.inputs import Inputs, System, bake_seed, look_at
 from image_builder.inputs import disk_bytes as wished_bytes
@@ -25,7 +27,6 @@ from image_builder.recipe import KeyWish, Recipe
 from image_builder.seed import BakedSeed, SeedFile
 from image_builder.steps import Steps
 
-REPORT_SCHEMA = 1
 _SIDECARS = {"packages": "packages.txt", "bill": "cdx.json", "report": "image.json"}
 _FIRST_BOOT_FILES = (
     protocol.SEED_FILE,
@@ -35,27 +36,7 @@ _FIRST_BOOT_FILES = (
 )
 
 
-class Built(msgspec.Struct, frozen=True, kw_only=True):
-    """What `build` made, as its report beside the image tells it."""
-
-    schema: int
-    image_id: str
-    name: str
-    role: str
-    cluster_id: str
-    image_key_id: str
-    baked_at: int
-    controllers: list[str]
-    agent_version: str
-    agent_digest: str
-    system: str
-    """`minimal:<digest>` or `sha256:<digest>` of the foreign file."""
-    disk_bytes: int
-    files: dict[str, str]
-    """File name to SHA-256."""
-
-
-def build(recipe: Recipe, *, now: int, cache: Path, fresh: bool, problems: list[str], steps: Steps) -> Built:
+def build(recipe: Recipe, *, now: int, cache: Path, fresh: bool, problems: list[str], steps: Steps) -> ImageReport:
     """Bakes the image and writes every wanted form.
 
     Args:
@@ -74,17 +55,24 @@ def build(recipe: Recipe, *, now: int, cache: Path, fresh: bool, problems: list[
     problems += [problem for target in targets.values() for problem in check_target(target)]
     with Draft(recipe.directory if recipe.directory.is_dir() else Path()) as draft:
         inputs = look_at(recipe, draft, now=now, cache=cache, problems=problems, steps=steps)
+        if recipe.register is not None:
+            register.check(inputs.agent, recipe.register)
         made_key: str = ""
         try:
             bundle = inputs.bundle
             if recipe.create_key is not None:
                 bundle = _create_key(recipe.create_key, inputs.agent, draft, name=recipe.name)
                 made_key = json.loads(bundle)["image_key_id"]
-            return _make(recipe, inputs, bundle, draft, targets=targets, now=now, cache=cache, fresh=fresh, steps=steps)
+            built = _make(
+                recipe, inputs, bundle, draft, targets=targets, now=now, cache=cache, fresh=fresh, steps=steps
+            )
         except BaseException:
             if made_key and recipe.create_key is not None:
                 _revoke_key(recipe.create_key, inputs.agent, made_key, steps)
             raise
+    if recipe.register is not None:
+        register.add(inputs.agent, recipe.register, targets["report"])
+    return built
 
 
 def _targets(recipe: Recipe) -> dict[str, Path]:
@@ -126,7 +114,7 @@ def _make(
     cache: Path,
     fresh: bool,
     steps: Steps,
-) -> Built:
+) -> ImageReport:
     system = inputs.system
     if system is None:
         made = minimal.make(
@@ -143,9 +131,10 @@ def _make(
         found = disk.inspect(made.path)
         layout = disk.layout_of(made.path, name=str(made.path), size_bytes=found.size_bytes, scratch=draft)
         system = System(source=found, layout=layout, digest=made.description.digest)
-    baked = (
-        bake_seed(recipe, bundle, now=now, target=system.target, system=system.digest) if bundle is not None else None
-    )
+    # Our own system has the agent in it; onto a foreign one it comes with the seed, and belongs to the image as much.
+    whole = system.digest if system.layout.own is not None else f"{system.digest} {inputs.agent.digest}"
+    baked = bake_seed(recipe, bundle, now=now, target=system.target, system=whole) if bundle is not None else None
+    also: list[str] = []
     files: dict[Path, Path] = {}
     disk_bytes = 0
     if set(recipe.formats) - {"iso"}:
@@ -154,12 +143,13 @@ def _make(
         image_id = _image_id(baked, recipe)
         files |= _make_forms(recipe, inputs, work, targets, image_id=image_id, size=disk_bytes, steps=steps)
     if "iso" in recipe.formats and bundle is not None:
-        alone = bake_seed(recipe, bundle, now=now, target=cloud.Target.IMAGE, system=system.digest)
+        alone = bake_seed(recipe, bundle, now=now, target=cloud.Target.IMAGE, system=whole)
+        also = [alone.seed.image_id]
         (draft / "iso").write_bytes(iso.render(alone.files, at=recipe.baked_at))
         files[draft / "iso"] = targets["iso"]
     if "bundle" in targets:
         files[draft / "bundle"] = targets["bundle"]
-    built = _describe(recipe, inputs.agent, system, baked, disk_bytes=disk_bytes, files=files)
+    built = _describe(recipe, inputs.agent, system, baked, also=also, disk_bytes=disk_bytes, files=files)
     files |= _write_sidecars(built, inputs.agent, system, draft, targets)
     secret = {target: 0o600 for kind, target in targets.items() if kind in {*recipe.formats, "bundle"}}
     publish(files, modes=secret if recipe.role == "se" else {})
@@ -247,10 +237,17 @@ def _make_forms(
 
 
 def _describe(
-    recipe: Recipe, agent: Agent, system: System, baked: BakedSeed | None, *, disk_bytes: int, files: dict[Path, Path]
-) -> Built:
+    recipe: Recipe,
+    agent: Agent,
+    system: System,
+    baked: BakedSeed | None,
+    *,
+    also: list[str],
+    disk_bytes: int,
+    files: dict[Path, Path],
+) -> ImageReport:
     own = system.layout.own
-    return Built(
+    return ImageReport(
         schema=REPORT_SCHEMA,
         image_id=_image_id(baked, recipe),
         name=recipe.name,
@@ -264,11 +261,30 @@ def _describe(
         system=f"{'sha256' if own is None else 'minimal'}:{system.digest}",
         disk_bytes=disk_bytes,
         files={target.name: disk.sha256_of(made) for made, target in files.items()},
+        recipe_digest=_recipe_digest(recipe, agent, system),
+        also=also,
     )
 
 
+def _recipe_digest(recipe: Recipe, agent: Agent, system: System) -> str:
+    """Returns the SHA-256 over what was wished for: equal ones in two folders, or of two keys, have the same."""
+    wished = [
+        recipe.name,
+        recipe.role,
+        recipe.wishes,
+        recipe.cloud,
+        recipe.cluster_to_make,
+        recipe.base_packages,
+        recipe.disk_bytes,
+        sorted(recipe.formats),
+        system.digest,
+        agent.digest,
+    ]
+    return hashlib.sha256(msgspec.json.encode(wished, order="deterministic")).hexdigest()
+
+
 def _write_sidecars(
-    built: Built, agent: Agent, system: System, draft: Path, targets: dict[str, Path]
+    built: ImageReport, agent: Agent, system: System, draft: Path, targets: dict[str, Path]
 ) -> dict[Path, Path]:
     own = system.layout.own
     packages: list[debian.Package] = [] if own is None else own.packages

@@ -204,6 +204,7 @@ def _compare(file: Path, found: verifying.Baked, path: Path, cache: Path, told: 
         )
     with tempfile.TemporaryDirectory(prefix=".image-builder-", dir=file.absolute().parent) as folder:
         values |= {"output.directory": folder, "output.formats": [found.form]}
+        values.pop("output.register", None)
         if found.baked_at:
             values["baked_at"] = found.baked_at
         wished = recipe.check(values, now=int(time.time()), agent=minimal.default_agent(), problems=problems)

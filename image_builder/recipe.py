@@ -98,6 +98,7 @@ FIELDS = (
     Field("network.vlan", "whole", "VLAN of the management network, 0 for none."),
     Field("output.directory", "path", "Where the files go.  [default: .]"),
     Field("output.formats", "texts", "What to make.  [default: qcow2]", FORMATS),
+    Field("output.register", "path", "Root directory of this machine's controller, to be told of the image."),
     Field("ova.certificate", "path", "Certificate (PEM) that signs the OVA."),
     Field("ova.key", "path", "Its RSA key (PEM)."),
 )
@@ -138,6 +139,8 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     agent: Path
     directory: Path
     formats: list[str]
+    register: Path | None
+    """Root directory of the controller that is told of the image."""
     certificate: Path | None
     key: Path | None
 
@@ -395,7 +398,10 @@ def check(values: Mapping[str, Any], *, now: int, agent: Path, problems: list[st
         problems.append(f"name {name!r}: up to 80 characters, no '/' and no '.' at the beginning, expected")
     create_key = _key_wish(values, problems)
     bundle = _file(values, "bundle", problems)
-    for_se = ("bundle", "controllers", "seed_name", "labels", "token", "image_key.create", "image_key.id", "cluster")
+    for_se = (
+        "bundle", "controllers", "seed_name", "labels", "token", "image_key.create", "image_key.id", "cluster",
+        "output.register",
+    )  # fmt: skip
     if role == "controller":
         problems += [f"{one} is for SEs: a controller's image carries no seed" for one in for_se if values.get(one)]
     elif "bundle" not in values and create_key is None:
@@ -433,6 +439,7 @@ def check(values: Mapping[str, Any], *, now: int, agent: Path, problems: list[st
         agent=Path(values.get("agent.directory", agent)),
         directory=directory,
         formats=formats,
+        register=Path(values["output.register"]) if "output.register" in values else None,
         certificate=signing[0],
         key=signing[1],
     )

@@ -528,6 +528,68 @@ def test_an_image_key_is_made_for_the_image_and_revoked_when_it_fails(
         assert sorted(one.status for one in keys).count("revoked") == 1
 
 
+def test_a_built_image_is_in_the_ledger(tmp_path: Path, cluster: Cluster, speaking_agent: Path) -> None:
+    """All forms of one build are one image there, with the digests of the files and the ids that their seeds carry."""
+    base = make_system(tmp_path / "base.qcow2")
+    baker = Baker(tmp_path / "here", cluster, speaking_agent)
+    with running(tmp_path / "root") as controller:
+        made = ["--image-key-create", "--image-key-root", controller.root, "--output-register", controller.root]
+        command = baker.command(base, *made, "--name", "edge", "--output-format", "raw", "--output-format", "iso")
+        at = command.index("--bundle")
+        del command[at : at + 2]
+        done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout)
+        assert told == json.loads((baker.out / "edge.image.json").read_text())
+        (image,) = controller.operator.images().images
+        assert (image.image_id, image.image_key_id, image.status) == (told["image_id"], told["image_key_id"], "live")
+        assert (image.recipe_digest, image.agent_version) == (told["recipe_digest"], told["agent_version"])
+        for name, sha256 in image.files:
+            assert hashlib.sha256((baker.out / name).read_bytes()).hexdigest() == sha256
+        assert {"edge.raw", "edge.iso"} <= {name for name, _ in image.files}
+        ids = [verifying.verify(baker.out / f"edge.{form}", steps=Silent()).image_id for form in ("raw", "iso")]
+        assert ids == [image.image_id, *image.also], "whatever an SE of it names is this image"
+
+        # A controller that isn't there is found out before anything is made.
+        for path in baker.out.iterdir():
+            path.unlink()
+        controller.stop()
+        again = baker.command(base, "--output-register", controller.root)
+        done = subprocess.run(again, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 9
+        assert "no controller runs here" in done.stderr
+        assert list(baker.out.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_an_image_that_can_not_be_registered_stays(tmp_path: Path, cluster: Cluster, speaking_agent: Path) -> None:
+    """The bundle is of another cluster than the controller that shall take it in."""
+    base = make_system(tmp_path / "base.qcow2")
+    baker = Baker(tmp_path / "here", cluster, speaking_agent)
+    with running(tmp_path / "root") as controller:
+        command = baker.command(base, "--output-register", controller.root, "--name", "edge")
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 11, done.stderr
+        assert "not in the controller's ledger" in done.stderr
+        assert "appliance image add edge.image.json" in done.stderr
+        assert (baker.out / "edge.qcow2").is_file()
+        assert controller.operator.images().images == []
+
+
+@pytest.mark.slow
+def test_another_agent_makes_another_image(tmp_path: Path, cluster: Cluster, agent: Path, speaking_agent: Path) -> None:
+    """Onto a foreign system the agent comes with the seed: an id must not stand for both."""
+    base = make_system(tmp_path / "base.qcow2")
+    bundle = cluster.bundle()
+    told = []
+    for number, each in enumerate((agent, speaking_agent)):
+        baker = Baker(tmp_path / str(number), cluster, each)
+        baker.bundle.write_bytes(bundle)
+        told.append(baker.build(base, "--name", "edge"))
+    assert told[0]["image_id"] != told[1]["image_id"]
+    assert told[0]["recipe_digest"] != told[1]["recipe_digest"]
+
+
 def test_a_controllers_image_carries_no_seed(tmp_path: Path, baker: Baker) -> None:
     base = make_system(tmp_path / "base.qcow2")
     command = baker.command(base, "--role", "controller", "--name", "node", "--hostname", "node-1")

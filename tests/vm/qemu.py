@@ -48,6 +48,7 @@ class Vm:
         network: arguments of `-netdev` after `id`: `user,restrict=on` reaches nothing, `user` the host's loopback at
             10.0.2.2, `socket,…` another VM; empty for no network card.
         networks: further network cards, each as `network`; `eth1` and so on.
+        card: QEMU's name of the first network card's kind.
         cdroms: ISO images, read-only.
         disks: further disk images, raw, read-only.
         attached: how the disk is attached.
@@ -66,6 +67,7 @@ class Vm:
         memory_mib: int = 1024,
         network: str = "user,restrict=on",
         mac: str = "52:54:00:12:34:56",
+        card: str = "virtio-net-pci",
         networks: Sequence[str] = (),
         cdroms: Sequence[Path] = (),
         disks: Sequence[Path] = (),
@@ -93,7 +95,7 @@ class Vm:
             "-chardev", f"file,id=console,path={_escaped(self.console_log)}", "-serial", "chardev:console",
             "-qmp", f"unix:{_escaped(self._monitor)},server=on,wait=off",
             *_disk(self.overlay, attached),
-            *(_network(network, mac) if network else ["-nic", "none"]),
+            *(_network(network, mac, card=card) if network else ["-nic", "none"]),
             *(word for number, one in enumerate(networks) for word in _network(one, f"{mac[:-2]}f{number}", number)),
             *(["-smbios", smbios] if smbios else []),
         ]  # fmt: skip
@@ -210,10 +212,10 @@ def _escaped(path: Path) -> str:
     return str(path).replace(",", ",,")
 
 
-def _network(network: str, mac: str, number: int | str = "") -> list[str]:
+def _network(network: str, mac: str, number: int | str = "", *, card: str = "virtio-net-pci") -> list[str]:
     kind, _, rest = network.partition(",")
     backend = f"{kind},id=net{number}" + (f",{rest}" if rest else "")
-    return ["-netdev", backend, "-device", f"virtio-net-pci,netdev=net{number},mac={mac}"]
+    return ["-netdev", backend, "-device", f"{card},netdev=net{number},mac={mac}"]
 
 
 def _disk(path: Path, attached: Disk) -> list[str]:

@@ -95,6 +95,7 @@ FIELDS = (
     Field("network.addresses", "texts", "ADDRESS/PREFIX; without one, DHCP.", option="address"),
     Field("network.gateways", "texts", "Of one of these networks."),
     Field("network.dns", "texts", "Address of a DNS server.", option="dns"),
+    Field("network.ntp", "texts", "Name or address of a time server.", option="ntp"),
     Field("network.vlan", "whole", "VLAN of the management network, 0 for none."),
     Field("output.directory", "path", "Where the files go.  [default: .]"),
     Field("output.formats", "texts", "What to make.  [default: qcow2]", FORMATS),
@@ -364,6 +365,7 @@ def read_wishes(values: Mapping[str, Any], problems: list[str]) -> tuple[Wishes,
             dns=values.get("network.dns", []),
             vlan=values.get("network.vlan", 0),
         ),
+        ntp=values.get("network.ntp", []),
         hooks=_hooks(values.get("hooks", []), problems),
     )
     return wishes, cloud

@@ -294,7 +294,7 @@ def test_a_copy_of_a_disk_that_booted_is_found_out(tmp_path: Path) -> None:
             assert original.pid
             detail = controller.operator.se("edge-1")
             assert detail.facts.macs == ["52:54:00:12:34:56"], "the link that was there stays"
-            assert any("clone" in alarm for alarm in detail.alarms), detail.alarms
+            assert any("a copy with this SE's key" in alarm for alarm in detail.alarms), detail.alarms
         assert [key.uses for key in controller.operator.image_keys()] == [1]
 
 

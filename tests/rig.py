@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -138,12 +138,15 @@ class RunningController:
         assert not check or done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
         return done
 
-    def start(self, *python: str) -> RunningController:
-        """Starts the daemon and waits until it listens; `python` are arguments in place of `-m appliance`."""
+    def start(self, *python: str, wrap: Sequence[str] = ()) -> RunningController:
+        """Starts the daemon and waits until it listens.
+
+        `python` are arguments in place of `-m appliance`; `wrap` comes before the command.
+        """
         self.paths.controller_file.unlink(missing_ok=True)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *(python or ("-m", "appliance")), "--root", str(self.root), "run"],
+                [*wrap, sys.executable, *(python or ("-m", "appliance")), "--root", str(self.root), "run"],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         until(self._is_ready, what="the controller listens")

@@ -252,7 +252,7 @@ class Refusals(Refusal, enum.Enum):
         400,
         "The agent's protocol is not spoken here",
         "Upgrade the older of the two: neighbouring protocol numbers understand each other.",
-        600,
+        60,
     )
     HOOK = Refusal("ENROLL-036", 403, "The enroll hook refused", "Ask who runs the program of `enroll_hook`.", 60)
     RECEIPT = Refusal(

@@ -67,13 +67,14 @@ def resources(pid: int) -> Resources:
 
 
 class Cable:
-    """Carries TCP connections to 127.0.0.1:`target`. Thread-safe from outside; one loop in a thread inside.
+    """Carries TCP connections from `host` to 127.0.0.1:`target`. Thread-safe from outside; one loop in a thread inside.
 
     While a direction is cut its bytes wait, as packets do that will be sent again; ends and resets don't get across
     either, and new connections are taken and hear nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
+        self.host = host
         self.target = 0
         self._flows: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
         self._waiting: set[asyncio.StreamWriter] = set()
@@ -82,7 +83,7 @@ class Cable:
         self._thread = threading.Thread(target=self._loop.run_forever, name="cable")
         self._thread.start()
         self._up, self._down = asyncio.Event(), asyncio.Event()
-        self._server = self._run(self._listen(0))
+        self._server = self._run(self._listen(port))
         self.port: int = self._server.sockets[0].getsockname()[1]
         self.mend()
 
@@ -90,7 +91,7 @@ class Cable:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(20)
 
     async def _listen(self, port: int) -> asyncio.Server:
-        return await asyncio.start_server(self._accept, "127.0.0.1", port)
+        return await asyncio.start_server(self._accept, self.host, port)
 
     async def _set(self, up: bool, down: bool) -> None:
         for event, is_open in ((self._up, up), (self._down, down)):
@@ -149,12 +150,15 @@ class Cable:
         self._flows.add(flow := (writer, far_writer))
         self._tasks.add(task)
         try:
-            await asyncio.gather(_carry(reader, far_writer, self._up), _carry(far_reader, writer, self._down))
+            await asyncio.gather(self._carry(reader, far_writer, self._up), self._carry(far_reader, writer, self._down))
         finally:
             self._tasks.discard(task)
             self._flows.discard(flow)
             for end in flow:
                 end.transport.abort()
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: asyncio.Event) -> None:
+        await _carry(reader, writer, way)
 
     def close(self) -> None:
         """Ends all of it."""
@@ -342,19 +346,19 @@ class Site:
 
     def __init__(
         self, root: Path, *, settings: dict[str, Any] | None = None, clock: dict[str, Any] | None = None,
-        address: str = "", date: str = "now", name: str = "",
+        address: str = "", date: str = "now", name: str = "", cable: type[Cable] = Cable, **more: Any,
     ) -> None:  # fmt: skip
         """With an `address` the controller listens there, and SEs reach it without a cable of ours, by `name` where
-        there is one."""
+        there is one. `cable` is what the link goes through; `more` is the controller's."""
         self.layout = Layout(root)
-        self.enroll, self.ssh = Cable(), Cable()
+        self.enroll, self.ssh = Cable(), cable()
         self.ses: list[RealSe] = []
         user = pwd.getpwuid(os.geteuid()).pw_name
         terms = {"heartbeat_interval_s": INTERVAL_S, "reverse_users": [user], **(settings or {})}
         at = {"address": address, "told": name}
         where: dict[str, Any] = at if address else {"seen": (self.enroll.port, self.ssh.port)}
         self.controller = RunningController(
-            self.layout.controller.root, settings=terms, clock=clock, date=date, **where
+            self.layout.controller.root, settings=terms, clock=clock, date=date, **where, **more
         )
         self.enroll.target, self.ssh.target = self.controller.enroll_port, self.controller.ssh_port
 

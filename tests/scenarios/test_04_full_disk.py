@@ -28,7 +28,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Site, Smal
     root = tmp_path_factory.mktemp("full")
     with (
         small_disk(root / "site/controller/var/lib/appliance", size_bytes=CONTROLLER_DISK_BYTES) as disk,
-        site(root / "site", settings={"disk_reserve_bytes": RESERVE_BYTES, "audit_reserve_bytes": RESERVE_BYTES}) as found,
+        site(
+            root / "site", settings={"disk_reserve_bytes": RESERVE_BYTES, "audit_reserve_bytes": RESERVE_BYTES}
+        ) as found,
     ):
         yield found, disk
 

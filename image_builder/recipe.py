@@ -13,7 +13,7 @@ import ipaddress
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -175,7 +175,7 @@ def read_file(path: Path, problems: list[str]) -> dict[str, Any]:
     except OSError as error:
         problems.append(f"the recipe {path} can't be read: {error.strerror}")
         return {}
-    except ValueError as error:  # TOML and UTF-8
+    except (ValueError, RecursionError) as error:  # TOML and UTF-8; a parser that recurses
         problems.append(f"the recipe {path} is no TOML: {error}")
         return {}
     found: dict[str, Any] = {}
@@ -277,12 +277,22 @@ def _token(text: str, problems: list[str]) -> str:
     return text
 
 
+def _is(path: Path, kind: Callable[[Path], bool]) -> bool:
+    """Asks the system about a path; it says even of names that no file can have (too long) that they aren't there."""
+    try:
+        return kind(path)
+    except OSError:
+        return False
+
+
 def _file(values: Mapping[str, Any], name: str, problems: list[str]) -> Path | None:
     if name not in values:
         return None
     path = Path(values[name])
-    if not path.is_file() or not os.access(path, os.R_OK):
-        kind = "is a folder" if path.is_dir() else "can't be read" if path.exists() else "is not there"
+    if not _is(path, Path.is_file) or not os.access(path, os.R_OK):
+        kind = "is not there"
+        if _is(path, Path.exists):
+            kind = "is a folder" if path.is_dir() else "can't be read"
         problems.append(f"{name}: the file {path} {kind}")
         return None
     return path
@@ -342,7 +352,7 @@ def _base(values: Mapping[str, Any], problems: list[str]) -> tuple[Path | None, 
         if not _PACKAGE.fullmatch(one)
     ]
     sources = [Path(one) for one in values.get("base.sources", [])]
-    problems += [f"base.sources: the file {path} is not there" for path in sources if not path.is_file()]
+    problems += [f"base.sources: the file {path} is not there" for path in sources if not _is(path, Path.is_file)]
     return base, sources, sha256.lower()
 
 
@@ -378,7 +388,7 @@ def _outputs(values: Mapping[str, Any], role: str, problems: list[str]) -> tuple
         problems.append("output.formats: at least one expected")
     if "iso" in formats and role == "controller":
         problems.append("output.formats: a controller has no seed, so there is no iso of it")
-    if not directory.is_dir():
+    if not _is(directory, Path.is_dir):
         problems.append(f"output.directory {directory} is no folder: make it first")
     return formats, directory
 

@@ -17,7 +17,7 @@ from appliance.cli import output
 from appliance.cli.context import CliContext, json_option, pass_context, print_json
 from appliance.cli.operator import Operator
 from appliance.cli.output import Column, Styled
-from appliance.errors import StorageError, UsageError
+from appliance.errors import StorageError, StoreError, UsageError
 from appliance.protocol import audit, strict_json
 from appliance.protocol.enroll import is_se_id
 from appliance.protocol.operator import AuditEntry, AuditVerdict
@@ -186,8 +186,17 @@ def _of_store(raw: bytes, file: Path) -> list[AuditEntry]:
     """The audit of a copied store; the log beside it (`-wal`) isn't looked at."""
     from appliance.controller.store.copy import StoreCopy
 
+    entries = []
     with StoreCopy(raw, name=file) as store:
-        return [msgspec.json.decode(entry.value, type=AuditEntry) for entry in store.entries("audit/")]
+        for entry in store.entries("audit/"):
+            try:
+                entries.append(msgspec.json.decode(entry.value, type=AuditEntry))
+            except strict_json.UNDECODABLE as error:
+                raise StoreError(
+                    f"{entry.key} in {file} was changed: it is no audit entry any more: {error}",
+                    hint="compare it with a backup, or with an export that was made earlier",
+                ) from None
+    return entries
 
 
 def _witnesses(context: CliContext, file: Path, root_certificate: Path | None) -> list[AuditHead]:

@@ -93,5 +93,5 @@ def has_grant(directory: Path) -> bool:
     try:
         document = json.loads((directory / "identity.json").read_bytes())
         return document["value"]["grant"] is not None
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False

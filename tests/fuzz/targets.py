@@ -21,13 +21,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from appliance import settings
+from appliance.cli import audit as cli_audit
+from appliance.cli.context import CliContext
 from appliance.controller import enroll as door
 from appliance.controller import records
 from appliance.controller.listener import FrontEnd, HttpLimits
 from appliance.controller.nonce import Nonces
 from appliance.controller.web import Endpoint, application
 from appliance.errors import (
+    ApplianceError,
     DocumentBrokenError,
+    ImageError,
     SeedError,
     SettingsError,
     StorageError,
@@ -59,6 +63,7 @@ from appliance.se.channel_api import AnswerReader
 from appliance.se.channel_api import decode as decode_answer
 from appliance.se.https import Conversation, _Timed
 from appliance.storage.spool import Spool
+from image_builder import ova_lint, recipe
 from image_builder import seed as baking
 
 MAX_BYTES = 1 << 20
@@ -110,6 +115,18 @@ def run_jws(raw: bytes) -> bool:
             if signatures.verify(entry, line):
                 assert found.payload == good.enrollment(), "a payload is believed that nobody signed"
     return read
+
+
+def run_refresh(raw: bytes) -> bool:
+    """With the receipt that an SE shows to a restored controller."""
+    try:
+        wish = strict_json.decode(raw, enroll.RefreshRequest, max_bytes=enroll.MAX_REQUEST_BYTES)
+        if wish.claim is not None:
+            door.check_claim(wish, wish.claim)
+    except MalformedError:
+        return False
+    assert strict_json.decode(strict_json.encode(wish), enroll.RefreshRequest, max_bytes=MAX_BYTES) == wish
+    return True
 
 
 def run_nonce(raw: bytes) -> bool:
@@ -208,7 +225,7 @@ def run_telemetry(raw: bytes) -> bool:
 
 def run_channel_request(raw: bytes) -> bool:
     read = False
-    for kind in (tunnel.Hello, tunnel.Confirm, tunnel.Heartbeat):
+    for kind in (tunnel.Hello, tunnel.Confirm, tunnel.Heartbeat, tunnel.RotateKey):
         try:
             found: Any = strict_json.decode(raw, kind, max_bytes=tunnel.MAX_BODY_BYTES)
         except MalformedError:
@@ -523,14 +540,52 @@ def run_audit(raw: bytes) -> bool:
     return verdict.intact
 
 
+def run_audit_file(raw: bytes) -> bool:
+    """What `appliance audit verify --file` is given: an export or a copied store; and a witness beside it."""
+    path = good.emptied("audit") / "copy"
+    path.write_bytes(raw)
+    read = False
+    context = CliContext(Paths(path.parent), {}, json=False)
+    for parse in (lambda: cli_audit._verify_file(context, path, "", "", None), lambda: cli_audit._envelopes(raw, path)):
+        try:
+            parse()
+            read = True
+        except ApplianceError:
+            continue
+    return read
+
+
+def run_recipe(raw: bytes) -> bool:
+    path = good.emptied("recipe") / "recipe.toml"
+    path.write_bytes(raw)
+    problems: list[str] = []
+    values = recipe.read_file(path, problems)
+    with contextlib.suppress(SeedError):
+        recipe.check(values, now=good.NOW, agent=path.parent, problems=problems)
+    return bool(values)
+
+
+def run_ova(raw: bytes) -> bool:
+    path = good.emptied("ova") / "image.ova"
+    path.write_bytes(raw)
+    try:
+        found = ova_lint.lint(path, vmdk_to=path.with_name("disk.vmdk"))
+    except ImageError:
+        return False
+    return not found.problems
+
+
 TARGETS: dict[str, Target] = {
     "attached-disk": Target(run_attached_disk, lambda: [good.seed_iso()]),
     "audit": Target(run_audit, lambda: [good.audit_entries()]),
+    "audit-file": Target(run_audit_file, lambda: [good.audit_entries(), good.store_copy(), good.witness_file()]),
     "backup": Target(run_backup, lambda: [good.backup()]),
     "bundle": Target(run_bundle, lambda: [good.bundle()]),
     "certificate": Target(run_certificate, lambda: [good.authority().certificate_pem]),
     "channel-answer": Target(run_channel_answer, lambda: [good.http_answer(b'{"sequence":1,"interval_s":5.0}')]),
-    "channel-request": Target(run_channel_request, lambda: [good.hello(), good.heartbeat(), b'{"ticket":"x"}']),
+    "channel-request": Target(
+        run_channel_request, lambda: [good.hello(), good.heartbeat(), b'{"ticket":"x"}', good.rotate_key()]
+    ),
     "document": Target(run_document, lambda: [good.mode_file()]),
     "endpoint": Target(run_endpoint, lambda: [b"node-1.example:8443", b"[2001:db8::1]:8443", b"192.0.2.1"]),
     "enrollment": Target(run_enrollment, lambda: [good.enrollment()]),
@@ -542,6 +597,7 @@ TARGETS: dict[str, Target] = {
     "network-config": Target(run_network_config, lambda: [good.network_config()]),
     "nonce": Target(run_nonce, lambda: [Nonces(b"k" * 32).issue(good.NOW).encode()]),
     "ovf": Target(run_ovf, lambda: [good.ovf_environment()]),
+    "ova": Target(run_ova, lambda: [good.ova()]),
     "partition-table": Target(run_partition_table, lambda: [good.partition_table()]),
     "private-key": Target(
         run_private_key, lambda: [good.identity().pkcs8().reveal(), good.identity().openssh().reveal()]
@@ -549,6 +605,8 @@ TARGETS: dict[str, Target] = {
     "public-key": Target(run_public_key, lambda: [good.host_key().encode()]),
     "receipt": Target(run_receipt, lambda: [good.receipt()]),
     "record": Target(run_record, lambda: [good.image_key_record()]),
+    "recipe": Target(run_recipe, lambda: [good.recipe()]),
+    "refresh": Target(run_refresh, lambda: [good.refresh()]),
     "seed": Target(run_seed, lambda: [bytes([i]) + good.seed_files()[name] for i, name in enumerate(good.SEED_NAMES)]),
     "settings": Target(run_settings, lambda: [b'[controller]\nenroll_listen = "0.0.0.0:8443"\n[log]\nlevel = "info"']),
     "spool": Target(run_spool, lambda: [b"+", b"+" + b"\0" * 16]),

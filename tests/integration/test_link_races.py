@@ -11,6 +11,7 @@ from rig import RunningController, machine, running, until_async
 
 from appliance.errors import EnrollError
 from appliance.protocol import tunnel
+from appliance.protocol.operator import TokenWish
 
 
 def test_who_is_revoked_between_log_in_and_hello_gets_no_link(controller: RunningController) -> None:
@@ -25,6 +26,25 @@ def test_who_is_revoked_between_log_in_and_hello_gets_no_link(controller: Runnin
             with pytest.raises((EnrollError, asyncssh.Error), match=r"not enrolled|closed|lost"):
                 await se.hello()
             assert controller.state("late") == "REVOKED REVOKED"
+
+    asyncio.run(go())
+
+
+def test_who_logged_in_before_another_key_took_its_place_gets_no_link(controller: RunningController) -> None:
+    """It holds an open connection, and said nothing yet, while the machine that replaces it rejoins."""
+
+    async def go() -> None:
+        async with machine() as stand:
+            old, new = stand.se(controller.bundle, "replaced"), stand.se(controller.bundle, "replaced")
+            await old.enroll()
+            await old.connect()
+            new.token = controller.operator.create_token(TokenWish(rejoin="replaced")).token
+            await new.rejoin()
+            with pytest.raises(EnrollError) as refused:
+                await old.hello()
+            assert refused.value.code == "TUNNEL-020"
+            await new.link()
+            await new.beat()
 
     asyncio.run(go())
 

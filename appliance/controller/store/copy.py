@@ -58,9 +58,9 @@ class StoreCopy:
         try:
             self._connection.deserialize(bytes(quiet))
             schema.check(self._connection, name)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             self.close()
-            raise schema.explain(error, name) from error
+            raise self._explained(error) from error
         except BaseException:
             self.close()
             raise
@@ -72,15 +72,20 @@ class StoreCopy:
             while page := ledger.read_range(self._connection, prefix, after, _PAGE):
                 yield from page
                 after = page[-1].key
-        except sqlite3.Error as error:
-            raise schema.explain(error, self._name) from error
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            raise self._explained(error) from error
 
     def get(self, key: str) -> Entry | None:
         """Returns one entry. Raises `StoreError`."""
         try:
             return ledger.read_entry(self._connection, key)
-        except sqlite3.Error as error:
-            raise schema.explain(error, self._name) from error
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            raise self._explained(error) from error
+
+    def _explained(self, error: sqlite3.Error | UnicodeDecodeError) -> StoreError:
+        if isinstance(error, UnicodeDecodeError):  # the sqlite3 module makes text of what a damaged file holds
+            return StoreError(f"the store {self._name} is damaged: {error}", hint="copy it again")
+        return schema.explain(error, self._name)
 
     def close(self) -> None:
         """Forgets it."""

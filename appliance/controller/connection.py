@@ -1,8 +1,10 @@
-"""asyncssh's server connection without what costs and gives nothing here.
+"""asyncssh's connections without what costs and gives nothing here.
 
 asyncssh puts an empty SSH_MSG_IGNORE before each packet it encrypts. That defends CBC ciphers, whose initial vector is
 known beforehand (RFC 4253 section 9.3.1); the gateway offers AEAD ciphers alone, and would pay with a second
-encryption, a second packet and 36 bytes for each answer. It also describes each packet for a log that is off.
+encryption, a second packet and 36 bytes for each answer. It also describes each packet for a log that is off, and
+makes a server's options anew for each log-in, in another thread, for a configuration file that could name users: the
+gateway has none.
 """
 
 from __future__ import annotations
@@ -12,13 +14,14 @@ import socket
 from typing import Any
 
 import asyncssh
+from asyncssh.connection import SSHConnection
 
 MSG_IGNORE = 2
 BACKLOG = 4096
 
 
-class GatewayConnection(asyncssh.SSHServerConnection):
-    """One incoming connection."""
+class Plain(SSHConnection):
+    """What both ends leave out."""
 
     def send_packet(self, pkttype: int, *args: bytes, handler: Any = None) -> None:  # noqa: ARG002 - only for its log
         if pkttype != MSG_IGNORE:
@@ -29,6 +32,13 @@ class GatewayConnection(asyncssh.SSHServerConnection):
 
     def log_received_packet(self, *_packet: Any, **_note: Any) -> None:
         """Nobody reads it."""
+
+
+class GatewayConnection(Plain, asyncssh.SSHServerConnection):
+    """One incoming connection."""
+
+    async def reload_config(self) -> None:
+        """There is no configuration file; the options of the listener hold for all."""
 
 
 async def listen(sock: socket.socket, **terms: Any) -> asyncssh.SSHAcceptor:

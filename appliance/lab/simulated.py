@@ -22,6 +22,7 @@ import msgspec
 
 from appliance import __version__
 from appliance.errors import EnrollError, TunnelError, UnreachableError
+from appliance.lab import simulated_link
 from appliance.pki import jws, tls
 from appliance.pki.identity import Identity
 from appliance.pki.trust import verify_trust
@@ -261,22 +262,16 @@ class SimulatedSe:
         """Logs in and asks for the reverse address; says nothing yet."""
         node = self._node()
         host, port = parse_endpoint(node.ssh[0], default_port=22)
-        keys = [asyncssh.import_public_key(line) for line in node.host_keys]
         try:
-            self.conn = await asyncssh.connect(
+            self.conn = await simulated_link.connect(
                 host,
                 port,
-                username=self.user,
-                client_keys=[asyncssh.import_private_key(self.identity.openssh().reveal())],
-                known_hosts=(keys, [], []),
-                kex_algs=list(tunnel.KEX),
-                encryption_algs=[tunnel.CIPHERS[0]],
-                server_host_key_algs=["ssh-ed25519"],
-                agent_path=None,
-                config=None,
-                login_timeout=REQUEST_TIMEOUT_S,
+                user=self.user,
+                identity=self.identity,
+                host_keys=node.host_keys,
+                timeout_s=REQUEST_TIMEOUT_S,
             )
-        except (OSError, asyncssh.Error) as error:
+        except (OSError, asyncssh.Error, TimeoutError) as error:
             raise UnreachableError(f"no link to {host}:{port}: {error}") from error
         return self.conn
 

@@ -1,0 +1,77 @@
+"""The SSH client of simulated SEs: asyncssh's, with options made once for all of them.
+
+asyncssh reads the environment, users and default keys to make the options of one connection, which takes as long as the
+key exchange. All SEs of a process differ in their keys alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import functools
+from collections.abc import Sequence
+
+import asyncssh
+
+from appliance.controller.connection import Plain
+from appliance.pki.identity import Identity
+from appliance.protocol import tunnel
+
+
+class _Connection(Plain, asyncssh.SSHClientConnection):
+    """One link."""
+
+
+class _LogIn(asyncssh.SSHClient):
+    """Offers one SE's key, once."""
+
+    def __init__(self, key: asyncssh.SSHKey) -> None:
+        self._key: asyncssh.SSHKey | None = key
+
+    def public_key_auth_requested(self) -> asyncssh.SSHKey | None:
+        key, self._key = self._key, None
+        return key
+
+
+@functools.lru_cache(maxsize=8)
+def _options(user: str, host_keys: tuple[str, ...]) -> asyncssh.SSHClientConnectionOptions:
+    return asyncssh.SSHClientConnectionOptions(
+        username=user,
+        client_keys=None,
+        known_hosts=([asyncssh.import_public_key(line) for line in host_keys], [], []),
+        kex_algs=list(tunnel.KEX),
+        encryption_algs=[tunnel.CIPHERS[0]],
+        server_host_key_algs=["ssh-ed25519"],
+        preferred_auth=["publickey"],
+        agent_path=None,
+        config=None,
+    )
+
+
+@functools.lru_cache(maxsize=20_000)
+def _key(identity: Identity) -> asyncssh.SSHKey:
+    return asyncssh.import_private_key(identity.openssh().reveal())
+
+
+async def connect(
+    host: str, port: int, *, user: str, identity: Identity, host_keys: Sequence[str], timeout_s: float
+) -> asyncssh.SSHClientConnection:
+    """Logs in at a gateway that shows one of `host_keys`.
+
+    Raises:
+        OSError, asyncssh.Error, TimeoutError: no link within `timeout_s`.
+    """
+    loop = asyncio.get_running_loop()
+    options = copy.copy(_options(user, tuple(host_keys)))
+    options.waiter = loop.create_future()
+    options.protocol_factory = lambda: _LogIn(_key(identity))
+    connection: asyncssh.SSHClientConnection | None = None
+    try:
+        async with asyncio.timeout(timeout_s):
+            _, connection = await loop.create_connection(lambda: _Connection(loop, options, wait="auth"), host, port)
+            await options.waiter
+    except BaseException:
+        if connection is not None:
+            connection.abort()
+        raise
+    return connection

@@ -51,6 +51,7 @@ from appliance.pki import jws as signatures
 from appliance.pki.trust import verify_audit_head, verify_receipt, verify_trust
 from appliance.protocol import address, audit, enroll, jws, ovf, strict_json, telemetry, token, tunnel
 from appliance.protocol import seed as seeds
+from appliance.protocol.image import MAX_CHARS, MAX_REPORT_BYTES, ImageReport, check_report
 from appliance.protocol.operator import AuditEntry
 from appliance.protocol.strict_json import MalformedError
 from appliance.protocol.trust import AUDIT_HEAD_TYPE, RECEIPT_TYPE, TRUST_TYPE, Envelope, TrustDocument
@@ -382,6 +383,20 @@ def run_bundle(raw: bytes) -> bool:
     return False
 
 
+def run_image_report(raw: bytes) -> bool:
+    try:
+        found = strict_json.decode(raw, ImageReport, max_bytes=MAX_REPORT_BYTES)
+    except MalformedError:
+        return False
+    if check_report(found):
+        return False
+    shown = (found.name, found.system, *found.files, *found.files.values(), *found.ids)
+    assert all(0 < len(text) <= MAX_CHARS for text in shown if text)
+    assert "\x1b" not in "".join(shown), "it would drive a terminal"
+    assert strict_json.decode(strict_json.encode(found), ImageReport, max_bytes=MAX_REPORT_BYTES) == found
+    return True
+
+
 def run_seed(raw: bytes) -> bool:
     """One file of a good seed is another one: the first byte says which."""
     files = good.seed_files()
@@ -592,6 +607,7 @@ TARGETS: dict[str, Target] = {
     "health": Target(run_health, lambda: [good.health_file()]),
     "http": Target(run_http, lambda: [b"POST /v1/enroll HTTP/1.1\r\nHost: c\r\nContent-Length: 2\r\n\r\n{}"]),
     "https-answer": Target(run_https_answer, lambda: [good.http_answer(b'{"nonce":"n","time":1}')]),
+    "image-report": Target(run_image_report, lambda: [good.image_report()]),
     "iso": Target(run_iso, lambda: [good.seed_iso()]),
     "jws": Target(run_jws, lambda: [good.signed_enrollment()]),
     "network-config": Target(run_network_config, lambda: [good.network_config()]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import functools
 import os
@@ -11,7 +12,11 @@ import tempfile
 import uuid
 from pathlib import Path
 
+from appliance.controller.audit import Audit
 from appliance.controller.records import ImageKeyRecord, encode
+from appliance.controller.registry import Registry
+from appliance.controller.store.copy import copy_store
+from appliance.controller.store.sqlite import SqliteStore
 from appliance.machine import gpt
 from appliance.paths import Paths
 from appliance.pki import jws as signatures
@@ -22,15 +27,25 @@ from appliance.pki.image_key import create_image_key
 from appliance.pki.secret import Secret
 from appliance.protocol import audit, ovf, strict_json, telemetry, token, tunnel
 from appliance.protocol import seed as seeds
-from appliance.protocol.enroll import EnrollRequest, InstanceFacts, Policy
+from appliance.protocol.enroll import Claim, EnrollRequest, InstanceFacts, Policy, RefreshRequest
 from appliance.protocol.image import REPORT_SCHEMA, ImageReport
 from appliance.protocol.operator import AuditEntry
 from appliance.protocol.telemetry import Point, Sample
-from appliance.protocol.trust import TRUST_TYPE, Envelope, Receipt, TrustDocument, TrustNode
+from appliance.protocol.trust import (
+    AUDIT_HEAD_TYPE,
+    RECEIPT_TYPE,
+    TRUST_TYPE,
+    AuditHead,
+    Envelope,
+    Receipt,
+    TrustDocument,
+    TrustNode,
+)
 from appliance.runtime.clock import SystemClock
 from appliance.runtime.health import Health
 from appliance.runtime.mode import ModeDocument, document_of
 from image_builder import cloud, iso
+from image_builder import ova as images
 from image_builder import seed as baking
 
 NOW = 1_790_000_000
@@ -244,3 +259,72 @@ def image_key_record() -> bytes:
         max_uses=1,
     )  # fmt: skip
     return encode(record)
+
+
+def refresh() -> bytes:
+    claim = Claim(
+        receipt=authority().sign(RECEIPT_TYPE, receipt()), se_key=identity().public_line, host_keys=[host_key()],
+        facts=InstanceFacts(boot_id=SE_ID),
+    )  # fmt: skip
+    found = RefreshRequest(
+        audience=CLUSTER, nonce="n", se_id=SE_ID, agent_version="1", attempt_id="0" * 16, claim=claim
+    )
+    return strict_json.encode(found)
+
+
+def rotate_key() -> bytes:
+    return strict_json.encode(tunnel.RotateKey(se_key=identity().public_line, proof="x" * 86))
+
+
+@functools.cache
+def store_copy() -> bytes:
+    """A store with an audit of three entries."""
+    path = emptied("store") / "store.sqlite"
+
+    async def fill() -> None:
+        store = SqliteStore.open(path, clock=SystemClock())
+        try:
+            registry = Registry(store, Audit(store, cluster_id=CLUSTER, node=1, epoch=1), wall=lambda: float(NOW))
+            await registry.load(reserved=())
+            for number in range(3):
+                await registry.note(actor="uid 0", action="test", subject=CLUSTER, detail=str(number))
+        finally:
+            await store.close()
+
+    asyncio.run(fill())
+    return copy_store(path)
+
+
+def witness_file() -> bytes:
+    body = AuditHead(cluster_id=CLUSTER, node=1, epoch=1, sequence=3, hash="0" * 64, time=NOW)
+    head = authority().sign(AUDIT_HEAD_TYPE, strict_json.encode(body))
+    return b'{"value":{"heads":[%s]}}' % strict_json.encode(head)
+
+
+@functools.cache
+def recipe() -> bytes:
+    text = """
+name = "edge"
+role = "se"
+bundle = "bundle.json"
+controllers = ["192.0.2.1:8443"]
+labels = ["site=north"]
+hostname = "edge-1"
+[base]
+image = "minimal"
+[disk]
+size = "4G"
+"""
+    return text.encode()
+
+
+@functools.cache
+def ova() -> bytes:
+    """An OVA whose disk is a header alone."""
+    folder = emptied("making")
+    vmdk = folder / "disk.vmdk"
+    head = struct.pack("<4sIIQQQQ", b"KDMV", 3, 0x30001, 2048, 128, 1, 1).ljust(512, b"\0")
+    vmdk.write_bytes(head + b"CID=00000000\n".ljust(1024, b"\0"))
+    image = images.Machine(name="edge", version="1", image_id="img-1", disk_bytes=2048 * 512)
+    images.write(folder / "image.ova", vmdk, image, stem="edge", epoch=NOW, populated_bytes=1024)
+    return (folder / "image.ova").read_bytes()

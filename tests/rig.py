@@ -138,7 +138,7 @@ class RunningController:
         assert not check or done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
         return done
 
-    def start(self, *python: str, wrap: Sequence[str] = ()) -> RunningController:
+    def start(self, *python: str, wrap: Sequence[str] = (), deadline_s: float = DEADLINE_S) -> RunningController:
         """Starts the daemon and waits until it listens.
 
         `python` are arguments in place of `-m appliance`; `wrap` comes before the command.
@@ -149,7 +149,7 @@ class RunningController:
                 [*wrap, sys.executable, *(python or ("-m", "appliance")), "--root", str(self.root), "run"],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
-        until(self._is_ready, what="the controller listens")
+        until(self._is_ready, what="the controller listens", deadline_s=deadline_s)
         return self
 
     def _is_ready(self) -> bool:

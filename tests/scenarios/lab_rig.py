@@ -151,6 +151,8 @@ class Cable:
         self._tasks.add(task)
         try:
             await asyncio.gather(self._carry(reader, far_writer, self._up), self._carry(far_reader, writer, self._down))
+        except asyncio.CancelledError:
+            pass  # by `close` alone; asyncio's streams would tell it as an error of theirs
         finally:
             self._tasks.discard(task)
             self._flows.discard(flow)

@@ -291,7 +291,7 @@ class Soak:
         self.account()
         self.at.controller.kill()
         self.last(3.0)
-        self.at.controller.start(wrap=self.clocks["controller"].wrap)
+        self.at.controller.start(wrap=self.clocks["controller"].wrap, deadline_s=BACK_S)
 
     def faults(self) -> dict[str, tuple[int, Callable[[], None]]]:
         """All of them, with how often they come."""
@@ -320,9 +320,10 @@ class Soak:
         faults = self.faults()
         name = self.random.choices(list(faults), [weight for weight, _ in faults.values()])[0]
         links = {se.name: self.links(se) for se in self.ses}
-        faults[name][1]()
         ended = time.monotonic()
         try:
+            faults[name][1]()
+            ended = time.monotonic()
             if name in BREAKS_ALL_LINKS:
                 # Both sides still say UP at this moment.
                 until(
@@ -335,6 +336,14 @@ class Soak:
             raise
         self.healed.setdefault(name, []).append(time.monotonic() - ended)
         return name
+
+    def rest(self) -> None:
+        """All are UP, and nothing happens any more."""
+        try:
+            self.until_up()
+        except AssertionError as error:
+            self.problems.append(f"at the end: {str(error)[:2000]}")
+            raise
 
     @staticmethod
     def links(se: RealSe) -> int:
@@ -381,14 +390,14 @@ def soak(*, minutes: float, seed: int, ses: int, say: Callable[[str], None]) -> 
             time.sleep(REST_S)
             run.look()
             end = time.monotonic() + minutes * 60
-            with contextlib.suppress(AssertionError):
+            with contextlib.suppress(AssertionError):  # it is one of the run's problems by then, and the run is over
                 while (left_s := end - time.monotonic()) > 0:
                     name = run.round()
                     rounds += 1
                     say(f"{left_s / 60:5.1f} min left: {name}, UP again after {run.healed[name][-1]:.1f} s")
                     run.look()
                 time.sleep(REST_S)
-                until(lambda: all(map(run.at.is_up, run.ses)), what="all are UP", deadline_s=BACK_S)
+                run.rest()
             run.account()
             problems = run.judge()
             traffic = sum(traffic.bytes for traffic in run.traffic), sum(traffic.corrupt for traffic in run.traffic)

@@ -16,7 +16,7 @@ import pytest
 from controller_parts import NOW, Book, LoopClock, book, request, run_jumping
 
 from appliance.controller.events import Events
-from appliance.controller.fleet import HEARTBEATS_AN_INTERVAL, SWEEP_S, Fleet, ping
+from appliance.controller.fleet import BURDEN_SWEEP_S, HEARTBEATS_AN_INTERVAL, SWEEP_S, Fleet, ping
 from appliance.controller.link import HEARTBEAT_BURST, Link
 from appliance.controller.records import SeRecord
 from appliance.controller.telemetry import History
@@ -523,5 +523,40 @@ def test_a_ping_tells_answer_silence_and_end_apart(tmp_path: Path) -> None:
             began = loop.time()
             assert await ping(link) is wanted
             assert loop.time() - began == pytest.approx(took_s)
+
+    run(tmp_path, act)
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("waiting_mib", "closed"),
+    [
+        ((0, 1, 1), ()),
+        ((3, 3, 4), ()),  # all that may wait
+        ((3, 3, 5), (2,)),  # one byte more is the greediest's end
+        ((4, 1, 6), (2,)),
+        ((6, 6, 6), (0, 1)),  # as many as it takes
+        ((9, 0, 1), (0,)),  # too much for one alone
+    ],
+)
+def test_what_waits_unread_is_bounded_for_one_link_and_for_all(
+    tmp_path: Path, waiting_mib: tuple[int, ...], closed: tuple[int, ...]
+) -> None:
+    async def act(stand: Stand) -> None:
+        stand.fleet = Fleet(
+            stand.book.registry, History(history_s=3600), stand.events, wall=stand.clock.now,
+            monotonic=stand.clock.monotonic, base_interval_s=INTERVAL_S, max_unsent=(8 * MIB, 10 * MIB),
+        )  # fmt: skip
+        made = [stand.up((await stand.se()).se_id) for _ in waiting_mib]
+        for (_, conn), mib in zip(made, waiting_mib, strict=True):
+            conn._deferred_packets = [(0, (bytes(mib * MIB),))]
+        async with stand.watched():
+            await asyncio.sleep(BURDEN_SWEEP_S + 2 * SWEEP_S)
+        assert tuple(index for index, (_, conn) in enumerate(made) if conn.is_closed()) == closed
+        assert stand.fleet.refusals["unread"] == len(closed)
+        for index in closed:
+            assert "doesn't read" in made[index][0].lost_text
 
     run(tmp_path, act)

@@ -87,6 +87,25 @@ class TrustError(ApplianceError):
     exit_code = 6
 
 
+class PassphraseError(TrustError):
+    """The root key is locked, and its passphrase is needed."""
+
+    code = "TRUST-010"
+
+
+class WrongPassphraseError(PassphraseError):
+    """A passphrase doesn't open the root key."""
+
+    code = "TRUST-011"
+
+
+class TooSoonError(PassphraseError):
+    """Wrong passphrases came before this one: it is not looked at yet."""
+
+    code = "TRUST-012"
+    retryable = True
+
+
 class SeedError(ApplianceError):
     """The seed is missing, incomplete or not of this cluster."""
 

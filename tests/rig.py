@@ -26,6 +26,7 @@ from appliance.cli.operator import Operator
 from appliance.controller.init import initialise
 from appliance.lab.simulated import Beats, SimulatedSe
 from appliance.paths import Paths
+from appliance.pki.secret import Secret
 from appliance.protocol.seed import Bundle
 from appliance.runtime.clock import SystemClock
 from appliance.runtime.mode import Mode, ModeDocument, document_of
@@ -98,6 +99,7 @@ class RunningController:
         self, root: Path, *, settings: dict[str, Any] | None = None,
         clock: dict[str, Any] | None = None, services: dict[str, str] | None = None,
         address: str = "127.0.0.1", seen: tuple[int, int] | None = None, date: str = "now", told: str = "",
+        passphrase: str = "",
     ) -> None:  # fmt: skip
         """`address` is bound and told to SEs; `told` is told to them instead, and `seen` instead of the own ports for
         enrolling and SSH."""
@@ -119,22 +121,23 @@ class RunningController:
         self.log = root / "daemon.log"
         self.process: subprocess.Popen[bytes] | None = None
         enroll, ssh = seen or (self.enroll_port, self.ssh_port)
-        self._make_cluster(told or address, enroll, ssh, date)
+        self._make_cluster(told or address, enroll, ssh, date, passphrase)
         set_mode(self.paths, Mode.CONTROLLER)
 
-    def _make_cluster(self, address: str, enroll_port: int, ssh_port: int, date: str) -> None:
+    def _make_cluster(self, address: str, enroll_port: int, ssh_port: int, date: str, passphrase: str) -> None:
         """What `appliance controller init` does, in this process: most tests need a controller, few the command."""
         make = functools.partial(
             initialise, self.paths, addresses=[address], enroll_port=enroll_port, ssh_port=ssh_port,
             clock=SystemClock(), date=int(time.time() if date == "now" else datetime.fromisoformat(date).timestamp()),
+            passphrase=Secret(passphrase.encode()) if passphrase else None,
         )  # fmt: skip
         with ThreadPoolExecutor(1) as outside:  # of the loop that the caller may be in
             outside.submit(make).result()
 
-    def command(self, *args: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Runs `appliance` on this root."""
+    def command(self, *args: str, check: bool = True, said: str = "") -> subprocess.CompletedProcess[str]:
+        """Runs `appliance` on this root; `said` is what it reads on stdin."""
         line = [sys.executable, "-m", "appliance", "--root", str(self.root), *args]
-        done = subprocess.run(line, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+        done = subprocess.run(line, capture_output=True, text=True, timeout=60, input=said)
         assert not check or done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
         return done
 

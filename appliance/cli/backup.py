@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,13 +12,12 @@ import click
 from appliance.cli import output
 from appliance.cli.context import CliContext, json_option, pass_context, print_json
 from appliance.cli.output import Styled
-from appliance.errors import StorageError, UsageError
+from appliance.cli.passphrase import passphrase_option, read_passphrase
+from appliance.errors import UsageError
 
 if TYPE_CHECKING:
     from appliance.controller.backup import Summary
     from appliance.pki.secret import Secret
-
-_MAX_PASSPHRASE_BYTES = 4096
 
 
 class Date(click.ParamType[int]):
@@ -41,30 +39,7 @@ class Date(click.ParamType[int]):
 DATE = Date()
 
 
-def _passphrase(file: Path | None, *, twice: bool) -> Secret:
-    """Reads the passphrase: from a file's first line, stdin (`-`), or the terminal; never from the command line."""
-    from appliance.pki.secret import Secret
-
-    if file is None:
-        if not sys.stdin.isatty():
-            raise UsageError(
-                "no passphrase: there is no terminal to ask on",
-                hint="pass --passphrase-file FILE, or --passphrase-file - to read it from stdin",
-            )
-        return Secret(click.prompt("Passphrase", hide_input=True, confirmation_prompt=twice, err=True).encode())
-    try:
-        with sys.stdin.buffer if str(file) == "-" else file.open("rb") as stream:
-            line = stream.readline(_MAX_PASSPHRASE_BYTES)
-    except OSError as error:
-        raise StorageError(f"{file} can't be read: {error.strerror}") from None
-    return Secret(line.rstrip(b"\r\n"))
-
-
-_PASSPHRASE = click.option(
-    "--passphrase-file",
-    type=click.Path(dir_okay=False, allow_dash=True, path_type=Path),
-    help="File whose first line is the passphrase; - is stdin.  [default: ask]",
-)
+_PASSPHRASE = passphrase_option("--passphrase-file", "the passphrase")
 
 
 def _show(context: CliContext, summary: Summary) -> None:
@@ -77,6 +52,8 @@ def _show(context: CliContext, summary: Summary) -> None:
             ("cluster", f"{summary.cluster_id}, node {summary.node}, epoch {summary.epoch}"),
             ("taken", f"{output.moment(summary.made_at)} ({output.ago(summary.made_at, time.time())})"),
             ("root SHA-256", summary.root_fingerprint),
+            ("root key", "under a passphrase of its own" if summary.root_is_locked else "without one of its own"),
+            ("root change", "announced; a restore finishes it" if summary.root_change else "none under way"),
             ("trust", f"version {summary.trust_version}"),
             ("holds", f"{output.count(summary.ses, 'SE')}, {output.count(summary.files, 'file')}, "
              f"{summary.audit_entries:,} audit entries; the next SE number is {summary.next_number}"),
@@ -103,7 +80,7 @@ def backup(click_context: click.Context, out: Path | None, passphrase_file: Path
     context = click_context.find_object(CliContext)
     if context is None or out is None:
         raise UsageError("no file to write to", hint="pass --out FILE, or `backup verify FILE` to check one")
-    secret = _passphrase(passphrase_file, twice=True)
+    secret = read_passphrase(passphrase_file, twice=True)
     summary = backups.make(context.paths, out, secret, now=int(time.time()))
     if not context.json:
         output.say(output.screen(), Styled(f"{out} is written and verified", "bold"))
@@ -119,7 +96,7 @@ def verify(context: CliContext, file: Path, passphrase_file: Path | None) -> Non
     """Checks that FILE opens, is whole, and that a controller can be made of it."""
     from appliance.controller import backup as backups
 
-    summary = backups.verify(file, _passphrase(passphrase_file, twice=False))
+    summary = backups.verify(file, read_passphrase(passphrase_file, twice=False))
     if not context.json:
         output.say(output.screen(), Styled(f"{file} holds", "green"))
     _show(context, summary)
@@ -128,6 +105,7 @@ def verify(context: CliContext, file: Path, passphrase_file: Path | None) -> Non
 @click.command("restore")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @_PASSPHRASE
+@passphrase_option("--root-passphrase-file", "the root key's passphrase", default="ask, where it has one")
 @click.option("--date", type=DATE, help="You vouch for this time; needed where the clock isn't synchronised.")
 @click.option(
     "--address", "addresses", multiple=True, metavar="HOST", help="Where SEs reach it now.  [default: as before]"
@@ -147,6 +125,7 @@ def restore(
     context: CliContext,
     file: Path,
     passphrase_file: Path | None,
+    root_passphrase_file: Path | None,
     date: int | None,
     addresses: tuple[str, ...],
     enroll_port: int | None,
@@ -157,15 +136,21 @@ def restore(
     from appliance.controller import restore as restores
     from appliance.runtime.clock import SYNCHRONISED, SystemClock
 
+    def root_passphrase() -> Secret:
+        return read_passphrase(
+            root_passphrase_file, twice=False, prompt="Passphrase of the root key", option="--root-passphrase-file"
+        )
+
     settings = context.settings
     done = restores.restore(
         context.paths,
         file,
-        _passphrase(passphrase_file, twice=False),
+        read_passphrase(passphrase_file, twice=False),
         clock=SystemClock(settings.clock.offset_s, SYNCHRONISED[settings.clock.synchronised]),
         date=date,
         place=restores.NewPlace(addresses, enroll_port or 0, ssh_port or 0),
         skip_numbers=skip_numbers,
+        root_passphrase=root_passphrase,
     )
     if context.json:
         print_json(done._asdict())

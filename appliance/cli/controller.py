@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import click
 import msgspec
@@ -12,6 +13,7 @@ from appliance.cli.backup import DATE, backup, restore
 from appliance.cli.context import CliContext, json_option, pass_context, print_json
 from appliance.cli.operator import Operator
 from appliance.cli.output import Cell, Styled
+from appliance.cli.passphrase import issuing_ca, passphrase, passphrase_option, read_passphrase
 from appliance.cli.recovery import recovery
 from appliance.cli.rotation import rotation_group
 from appliance.errors import UsageError
@@ -49,12 +51,21 @@ def command() -> None:
 @click.option("--enroll-port", type=_PORT, help="HTTPS port as SEs see it.  [default: of controller.enroll_listen]")
 @click.option("--ssh-port", type=_PORT, help="SSH port as SEs see it.  [default: of controller.ssh_listen]")
 @click.option("--date", type=DATE, help="You vouch for this time; needed where the clock isn't synchronised.")
+@passphrase_option("--passphrase-file", "the root key's passphrase", default="no passphrase")
 @json_option
 @pass_context
 def init(
-    context: CliContext, addresses: tuple[str, ...], enroll_port: int | None, ssh_port: int | None, date: int | None
+    context: CliContext,
+    addresses: tuple[str, ...],
+    enroll_port: int | None,
+    ssh_port: int | None,
+    date: int | None,
+    passphrase_file: Path | None,
 ) -> None:
-    """Makes a cluster: root CA, this node's keys, and the first image key with its bundle."""
+    """Makes a cluster: root CA, this node's keys, and the first image key with its bundle.
+
+    With a passphrase the root key lies encrypted, and an issuing CA, good for a year, signs from day to day.
+    """
     from appliance.controller.init import initialise
     from appliance.runtime.clock import SYNCHRONISED, SystemClock
 
@@ -66,6 +77,7 @@ def init(
         ssh_port=ssh_port or _port(settings.controller.ssh_listen, "--ssh-port"),
         clock=SystemClock(settings.clock.offset_s, SYNCHRONISED[settings.clock.synchronised]),
         date=date,
+        passphrase=read_passphrase(passphrase_file, twice=True) if passphrase_file is not None else None,
     )
     if context.json:
         print_json(
@@ -131,7 +143,9 @@ def show(context: CliContext) -> None:
             ("reverse path", f"port {view.reverse_port} of 127.1.0.1 and up"),
             ("metrics", f"http://127.0.0.1:{view.metrics_port}/metrics"),
             ("root SHA-256", view.root_fingerprint),
+            ("root key", "under a passphrase" if view.root_is_locked else "without a passphrase"),
             ("root expires", expiry(view.root_expires_at)),
+            *([("issuing CA ends", expiry(view.issuing_expires_at))] if view.issuing_fingerprint else []),
             ("node cert", expiry(view.node_certificate_expires_at)),
             ("trust", f"version {view.trust_version}"),
         ],
@@ -145,5 +159,5 @@ for _kind, _what in (
 ):
     command.add_command(rotation_group(_kind, _what))
 
-for _command in (backup, restore, recovery):
+for _command in (backup, restore, recovery, passphrase, issuing_ca):
     command.add_command(_command)

@@ -32,7 +32,7 @@ from appliance.protocol.operator import (
     ControllerView,
     Drained,
     Event,
-    Finish,
+    Forced,
     ImageDetail,
     ImageKeyCreated,
     ImageKeyRevoked,
@@ -42,6 +42,8 @@ from appliance.protocol.operator import (
     ImageRevocation,
     ImageRevoked,
     ImageView,
+    IssuingRenewal,
+    NewPassphrase,
     PendingView,
     Reasoned,
     ReceiptsApproved,
@@ -52,6 +54,7 @@ from appliance.protocol.operator import (
     TokenCreated,
     TokenView,
     TokenWish,
+    Unlocking,
 )
 from appliance.protocol.problem import Problem
 from appliance.protocol.telemetry import Sample
@@ -211,10 +214,40 @@ class Operator:
         """Changes of root, host key and log-in key."""
         return self._get("/v1/rotations", list[RotationView])
 
-    def rotate(self, kind: str, verb: str, *, force: bool = False, reason: str = "") -> RotationView:
-        """Begins, finishes or aborts a change, or forgets the former root."""
-        body = Finish(force=force, reason=reason) if verb == "finish" else Reasoned(reason=reason)
-        return self._post(f"/v1/rotations/{_part(kind)}/{verb}", RotationView, body)
+    def rotate(
+        self, kind: str, verb: str, *, force: bool = False, reason: str = "", passphrase: str = ""
+    ) -> RotationView:
+        """Begins, finishes or aborts a change, or forgets the former root; `passphrase` is that of the root key."""
+        body: object = Unlocking(passphrase=passphrase, reason=reason)
+        if verb == "finish":
+            body = Forced(force=force, passphrase=passphrase, reason=reason)
+        elif verb == "forget":
+            body = Reasoned(reason=reason)
+        return self._unlocking(f"/v1/rotations/{_part(kind)}/{verb}", RotationView, body)
+
+    def set_passphrase(self, new: str, *, reason: str) -> ControllerView:
+        """Puts the root key under a passphrase."""
+        return self._unlocking("/v1/passphrase/set", ControllerView, NewPassphrase(new=new, reason=reason))
+
+    def change_passphrase(self, old: str, new: str, *, reason: str) -> ControllerView:
+        """Puts the root key under another passphrase."""
+        wish = NewPassphrase(passphrase=old, new=new, reason=reason)
+        return self._unlocking("/v1/passphrase/change", ControllerView, wish)
+
+    def remove_passphrase(self, passphrase: str, *, reason: str, force: bool = True) -> ControllerView:
+        """Leaves the root key without a passphrase; refused without `force`."""
+        wish = Forced(passphrase=passphrase, force=force, reason=reason)
+        return self._unlocking("/v1/passphrase/remove", ControllerView, wish)
+
+    def renew_issuing(self, passphrase: str, *, revoke: bool = False, reason: str) -> ControllerView:
+        """Replaces the issuing CA."""
+        wish = IssuingRenewal(passphrase=passphrase, revoke=revoke, reason=reason)
+        return self._unlocking("/v1/issuing-ca/renew", ControllerView, wish)
+
+    def _unlocking(self, path: str, kind: type[T], body: object) -> T:
+        """What derives keys of a passphrase may take seconds on a busy machine."""
+        deadline_s = max(self._deadline_s, 60.0)
+        return self._ask("POST", path, kind, deadline_s=deadline_s, body=msgspec.json.encode(body))
 
     def drain(self) -> Drained:
         """Stops admitting links and enrollments."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -9,6 +10,8 @@ import click
 from appliance.cli import output
 from appliance.cli.context import CliContext, json_option, pass_context, print_json
 from appliance.cli.operator import Operator
+from appliance.cli.output import Styled
+from appliance.cli.passphrase import passphrase_option, root_passphrase
 
 if TYPE_CHECKING:
     from appliance.protocol.operator import RotationView
@@ -16,7 +19,6 @@ if TYPE_CHECKING:
 _NEXT = {
     "none": "no change is under way",
     "announced": "the successor is announced; finish when nobody waits any more",
-    "switching": "the successor is taking over",
 }
 _SHOWN = 10
 
@@ -35,6 +37,10 @@ def _show(context: CliContext, view: RotationView) -> None:
     if view.former_kept:
         rows.append(("former root", "still signs trust documents, for SEs that were off; `forget` destroys its key"))
     output.fields(console, rows)
+    if view.backup_due:
+        when = "now: it will do before and after the change" if view.phase == "announced" else "now"
+        text = f"take a backup {when}. One from before the change began brings no SE back after it"
+        output.say(console, Styled(text, "yellow"))
 
 
 def rotation_group(kind: str, what: str) -> click.Group:
@@ -45,21 +51,24 @@ def rotation_group(kind: str, what: str) -> click.Group:
         what: for people.
     """
     reason_option = click.option("--reason", default="", help="Goes into the audit.")
+    unlock_option = passphrase_option("--passphrase-file", "the root key's passphrase", default="ask, where it has one")
 
     @click.group(f"rotate-{kind}", help=f"Changes {what} while SEs run: begin, wait, finish.")
     def group() -> None: ...
 
-    def act(context: CliContext, verb: str, *, force: bool = False, reason: str) -> None:
+    def act(context: CliContext, verb: str, file: Path | None, *, force: bool = False, reason: str) -> None:
         operator = Operator(context.paths.controller_socket)
-        _show(context, operator.rotate(kind, verb, force=force, reason=reason))
+        passphrase = root_passphrase(operator, file)
+        _show(context, operator.rotate(kind, verb, force=force, reason=reason, passphrase=passphrase))
 
     @group.command()
+    @unlock_option
     @reason_option
     @json_option
     @pass_context
-    def begin(context: CliContext, reason: str) -> None:
+    def begin(context: CliContext, passphrase_file: Path | None, reason: str) -> None:
         """Makes the successor and announces it to all SEs."""
-        act(context, "begin", reason=reason)
+        act(context, "begin", passphrase_file, reason=reason)
 
     @group.command()
     @json_option
@@ -71,20 +80,22 @@ def rotation_group(kind: str, what: str) -> click.Group:
 
     @group.command()
     @click.option("--force", is_flag=True, help="Also where SEs have not seen the successor yet.")
+    @unlock_option
     @reason_option
     @json_option
     @pass_context
-    def finish(context: CliContext, force: bool, reason: str) -> None:
+    def finish(context: CliContext, force: bool, passphrase_file: Path | None, reason: str) -> None:
         """Lets the successor take over; the old one counts no more."""
-        act(context, "finish", force=force, reason=reason)
+        act(context, "finish", passphrase_file, force=force, reason=reason)
 
     @group.command()
+    @unlock_option
     @reason_option
     @json_option
     @pass_context
-    def abort(context: CliContext, reason: str) -> None:
+    def abort(context: CliContext, passphrase_file: Path | None, reason: str) -> None:
         """Takes the announcement back."""
-        act(context, "abort", reason=reason)
+        act(context, "abort", passphrase_file, reason=reason)
 
     if kind == "ca":
 
@@ -94,6 +105,6 @@ def rotation_group(kind: str, what: str) -> click.Group:
         @pass_context
         def forget(context: CliContext, reason: str) -> None:
             """Destroys the former root's key: who was off since before the change needs a new seed then."""
-            act(context, "forget", reason=reason)
+            _show(context, Operator(context.paths.controller_socket).rotate("ca", "forget", reason=reason))
 
     return group

@@ -24,6 +24,7 @@ from appliance.controller.store.copy import StoreCopy, copy_store
 from appliance.errors import DowngradeError, StorageError, TrustError
 from appliance.paths import Paths
 from appliance.pki import sealed, ssh_keys
+from appliance.pki.authority import Authority, Issuer
 from appliance.pki.certificate import certificate_terms
 from appliance.pki.secret import Secret
 from appliance.pki.trust import verify_trust
@@ -33,7 +34,7 @@ from appliance.protocol.enroll import SeStatus
 from appliance.protocol.operator import AuditEntry
 from appliance.protocol.strict_json import MalformedError
 from appliance.protocol.trust import MAX_TRUST_BYTES, Envelope
-from appliance.storage.atomic import read_limited, write_atomic
+from appliance.storage.atomic import read_limited, remove_durably, write_atomic
 
 MAGIC = b"appliance controller backup"
 VERSION = 1
@@ -80,6 +81,10 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     epoch: int
     trust_version: int
     root_fingerprint: str
+    root_is_locked: bool = False
+    """Whether its root key has a passphrase of its own, which a restore asks for."""
+    root_change: bool = False
+    """Whether a change of root is announced in it: a restore finishes that."""
     made_at: int
     program: str
     files: int
@@ -96,7 +101,8 @@ def _is_state(path: Path, files: Files) -> bool:
     """Whether a file belongs to the state: no store, no temporary, nothing set aside or being destroyed."""
     name = path.name
     passing = name.startswith((".", "gone-", f"{files.store.name}")) or ".broken-" in name
-    return not passing and name not in {files.ready.name, RESERVE_FILE} and path.is_file() and not path.is_symlink()
+    passing = passing or name in {files.ready.name, files.backup_due.name, RESERVE_FILE}
+    return not passing and path.is_file() and not path.is_symlink()
 
 
 def _read_files(files: Files) -> list[StateFile]:
@@ -148,7 +154,10 @@ def check(contents: Contents) -> Summary:
     try:
         cluster = strict_json.decode(contents.file(names.cluster), ClusterFile, max_bytes=MAX_FILE_BYTES)
         root = contents.file(names.root_certificate)
-        contents.file(names.root_key)
+        key = contents.file(names.root_key)
+        is_locked = Authority.load(root, key).is_locked
+        if is_locked:
+            Issuer.load(contents.file(names.issuing_certificate), contents.file(names.issuing_key))
         envelope = strict_json.decode(contents.file(names.trust), Envelope, max_bytes=MAX_TRUST_BYTES)
         trust = verify_trust(envelope, anchors=[root.decode()], current=None)
         for path in (names.host_key, names.login_key):
@@ -172,6 +181,8 @@ def check(contents: Contents) -> Summary:
         epoch=cluster.epoch,
         trust_version=trust.version,
         root_fingerprint=certificate_terms(root).fingerprint,
+        root_is_locked=is_locked,
+        root_change=len(trust.roots) > 1,
         made_at=contents.made_at,
         program=contents.program,
         files=len(contents.files),
@@ -203,7 +214,22 @@ def make(paths: Paths, out: Path, passphrase: Secret, *, now: int) -> Summary:
     }
     plain = zlib.compress(msgspec.msgpack.encode(contents), level=6)
     write_atomic(out, sealed.seal(plain, passphrase, magic=MAGIC, about=about), mode=0o600)
-    return verify(out, passphrase)
+    verified = verify(out, passphrase)
+    _note_taken(Files(paths.controller_state), contents)
+    return verified
+
+
+def _note_taken(files: Files, contents: Contents) -> None:
+    """Takes away the mark that a backup is due, where this one holds the root that it is due for."""
+    try:
+        due = read_limited(files.backup_due, max_bytes=MAX_FILE_BYTES).decode()
+    except FileNotFoundError:
+        return
+    names = Files(Path())
+    roots = {names.root_certificate.name, names.successor(names.root_certificate).name}
+    held = [certificate_terms(entry.content).fingerprint for entry in contents.files if entry.name in roots]
+    if due in held:
+        remove_durably(files.backup_due)
 
 
 def load(path: Path, passphrase: Secret) -> tuple[Contents, bytes]:

@@ -21,6 +21,7 @@ from appliance.controller.store.sqlite import SqliteStore
 from appliance.errors import SettingsError, StorageError, UsageError
 from appliance.paths import Paths
 from appliance.pki.identity import Identity
+from appliance.pki.secret import Secret
 from appliance.protocol import strict_json
 from appliance.protocol.address import format_endpoint
 from appliance.protocol.operator import ImageKeyTermsWish
@@ -62,6 +63,7 @@ def initialise(
     clock: Clock,
     date: int | None = None,
     image_key: ImageKeyTermsWish | None = None,
+    passphrase: Secret | None = None,
 ) -> ControllerInit:
     """Makes a one-node cluster below `paths`.
 
@@ -70,10 +72,12 @@ def initialise(
         addresses: names or IP addresses by which SEs reach this node; they go into the trust document and the
         certificate. enroll_port: TCP port of HTTPS enrollment as SEs see it. ssh_port: TCP port of the SSH gateway
         as SEs see it. clock: asked for the time, and whether it is synchronised. date: seconds since 1970, where an
-        operator vouches for it. image_key: terms of the first image key.
+        operator vouches for it. image_key: terms of the first image key. passphrase: of the root key, if it is to have
+        one; an issuing CA does the daily signing then.
 
     Raises:
-        UsageError: no address, or the clock isn't synchronised and no date was given.
+        UsageError: no address, or a passphrase that protects nothing.
+        SettingsError: the clock isn't synchronised and no date was given.
         StorageError: this root holds a controller already, or can't be written.
     """
     if not addresses:
@@ -102,6 +106,7 @@ def initialise(
             enroll_port=enroll_port,
             ssh_port=ssh_port,
             now=now,
+            passphrase=passphrase,
         )
         loaded = Material(files)
         wish = image_key or ImageKeyTermsWish()

@@ -1,12 +1,15 @@
 """The controller's trust material on disk: what `controller init` wrote and the daemon loads.
 
 cluster.json          ClusterFile: cluster id, node number, epoch
-root-ca.pem/.key      the root CA
-node.pem/.key         this node's TLS certificate
+root-ca.pem/.key      the root CA; the key is sealed where it has a passphrase
+issuing-ca.pem/.key   the issuing CA, which signs in the root's name, where the root key has a passphrase
+node.pem/.key         this node's TLS certificate, followed by what leads from it to the root
 ssh_host_ed25519_key  this node's SSH host key
 id_se                 the key that logs in to SEs over the reverse path
 trust.json            the newest trust document, in its envelope
 rotation.json         changes of roots and keys under way, see `rotation`; next-* and former-* are theirs
+switching.json        files being put in place, see `switching`; staged-* and gone-* are its own
+backup-due            empty; there since the root changed, until a backup was taken
 cross-ca.pem          the root's key, certified by the root before it: sent with the node certificate
 nonce.key             32 bytes that authenticate nonces
 bundles/<id>.json     bundles of image keys made at init, for image pipelines (0600)
@@ -17,15 +20,18 @@ initialised           empty; written last by `controller init`
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
 from appliance.errors import StorageError, TrustError
-from appliance.pki import ssh_keys
-from appliance.pki.authority import Authority, CertificateTerms, certificate_terms
+from appliance.pki import sealed, ssh_keys
+from appliance.pki.authority import Authority, CertificateTerms, IssuedKey, Issuer
+from appliance.pki.certificate import certificate_terms, first_of, is_issued_by
+from appliance.pki.secret import Secret
 from appliance.pki.trust import verify_trust
 from appliance.protocol import strict_json
 from appliance.protocol.address import format_endpoint
@@ -63,6 +69,8 @@ class Files:
         self.root_certificate = state / "root-ca.pem"
         self.root_key = state / "root-ca.key"
         self.cross_certificate = state / "cross-ca.pem"
+        self.issuing_certificate = state / "issuing-ca.pem"
+        self.issuing_key = state / "issuing-ca.key"
         self.node_certificate = state / "node.pem"
         self.node_key = state / "node.key"
         self.host_key = state / "ssh_host_ed25519_key"
@@ -72,6 +80,7 @@ class Files:
         self.bundles = state / "bundles"
         self.store = state / "store.sqlite"
         self.ready = state / "initialised"
+        self.backup_due = state / "backup-due"
 
     def former(self, path: Path) -> Path:
         """Where the root's file `path` is kept after a change of root."""
@@ -120,9 +129,20 @@ def _public_line(private: bytes) -> str:
     return ssh_keys.public_line(ssh_keys.load_private(private).public_key().public_bytes_raw())
 
 
-def _load_authority(certificate: Path, key: Path) -> Authority:
+A = TypeVar("A", bound=Issuer)
+
+
+def _load_authority(kind: type[A], certificate: Path, key: Path) -> A:
     pem = _load(certificate, _certificate)
-    return _load(key, lambda raw: Authority.load(pem, raw))
+    return _load(key, lambda raw: kind.load(pem, raw))
+
+
+class Opened(NamedTuple):
+    """The roots with their keys open."""
+
+    authority: Authority
+    former: Authority | None
+    successor: Authority | None
 
 
 class Material:
@@ -136,7 +156,6 @@ class Material:
         """
         self.files = files
         self.cluster = _load(files.cluster, lambda raw: strict_json.decode(raw, ClusterFile, max_bytes=MAX_FILE_BYTES))
-        self.former: Authority | None = None
         self.load_authorities()
         if self.authority.cluster_id != self.cluster.cluster_id:
             raise StorageError(
@@ -144,7 +163,7 @@ class Material:
                 f"{self.cluster.cluster_id}",
                 hint=f"restore both from one backup of {files.state}",
             )
-        self.envelope, self.trust = _load(files.trust, self._verified, max_bytes=MAX_TRUST_BYTES)
+        self.load_trust()
         self.nonce_key = _load(files.nonce_key, _nonce_key)
         host_key = _load(files.host_key, _public_line)
         _load(files.login_key, _public_line)
@@ -154,21 +173,64 @@ class Material:
                 hint=f"restore both from one backup of {files.state}",
             )
 
+    def load_trust(self) -> None:
+        """Loads the trust document in force. Raises `StorageError` where it is missing or damaged."""
+        self.envelope, self.trust = _load(self.files.trust, self._verified, max_bytes=MAX_TRUST_BYTES)
+
     def load_authorities(self) -> None:
-        """Loads the root, and its predecessor and successor where there are such.
+        """Loads the root, its predecessor and successor where there are such, and the issuing CA.
 
         Raises:
             StorageError: a file is missing or damaged, or a pair doesn't belong together.
         """
         files = self.files
-        self.authority = _load_authority(files.root_certificate, files.root_key)
+        self.authority = _load_authority(Authority, files.root_certificate, files.root_key)
         self.root_pem = self.authority.certificate_pem.decode()
         self.former, self.successor = (
-            _load_authority(place(files.root_certificate), place(files.root_key))
+            _load_authority(Authority, place(files.root_certificate), place(files.root_key))
             if place(files.root_key).exists() and place(files.root_certificate).exists()
             else None
             for place in (files.former, files.successor)
         )
+        self.issuing: Issuer | None = None
+        if self.authority.is_locked:
+            self.issuing = _load_authority(Issuer, files.issuing_certificate, files.issuing_key)
+            if not is_issued_by(self.issuing.certificate_pem, self.root_pem):
+                raise StorageError(
+                    f"{files.issuing_certificate} was not issued by the root CA in {files.root_certificate}",
+                    hint=f"restore both from one backup of {files.state}",
+                )
+
+    @property
+    def issuer(self) -> Issuer:
+        """Who signs node certificates, receipts and audit heads: the issuing CA, or the root where there is none."""
+        return self.issuing or self.authority
+
+    def unlock(self, passphrase: Secret) -> Opened:
+        """Opens the keys of the roots, half a second and 128 MiB each; for a thread.
+
+        Raises:
+            PassphraseError: the wrong passphrase.
+        """
+        return Opened(
+            self.authority.unlock(passphrase),
+            self.former.unlock(passphrase) if self.former else None,
+            self.successor.unlock(passphrase) if self.successor else None,
+        )
+
+    def check_open(self) -> None:
+        """Raises `PassphraseError` where a root that signs trust documents is locked."""
+        for authority in self.signers:
+            authority.check_open()
+
+    @contextmanager
+    def unlocked(self, opened: Opened) -> Iterator[None]:
+        """Within it the roots are open; what is then loaded anew from the files is locked again."""
+        self.authority, self.former, self.successor = opened
+        try:
+            yield
+        finally:
+            self.load_authorities()
 
     @property
     def anchors(self) -> list[str]:
@@ -184,23 +246,30 @@ class Material:
         envelope = strict_json.decode(raw, Envelope, max_bytes=MAX_TRUST_BYTES)
         return envelope, verify_trust(envelope, anchors=[self.root_pem], current=None)
 
-    def _node_terms(self) -> CertificateTerms | None:
+    def node_terms(self) -> CertificateTerms | None:
         """The node certificate's terms, or None where it is missing or damaged."""
         try:
-            return _load(self.files.node_certificate, certificate_terms)
+            return _load(self.files.node_certificate, lambda raw: certificate_terms(first_of(raw)))
         except StorageError:
             return None
 
     @property
     def node_certificate_expires_at(self) -> int:
         """End of the node certificate's life, seconds since 1970; 0 where there is none that can be read."""
-        terms = self._node_terms()
+        terms = self.node_terms()
         return terms.not_after if terms else 0
 
     def renewal_due(self, now: float) -> bool:
-        """Whether two thirds of the node certificate's life are over, or there is none that can be read."""
-        terms = self._node_terms()
-        return terms is None or now >= terms.not_before + (terms.not_after - terms.not_before) * RENEW_AT
+        """Whether a new node certificate is to be issued.
+
+        It is where there is none that can be read, or another than the present issuer signed it, or two thirds of its
+        life are over and a new one would live longer.
+        """
+        terms = self.node_terms()
+        if terms is None or not is_issued_by(_load(self.files.node_certificate, first_of), self.issuer.certificate_pem):
+            return True
+        is_old = now >= terms.not_before + (terms.not_after - terms.not_before) * RENEW_AT
+        return is_old and terms.not_after < self.issuer.expires_at
 
     def renew_node_certificate(self, now: int) -> None:
         """Issues a new node key and certificate; the live listener reloads them from the same paths.
@@ -208,31 +277,59 @@ class Material:
         The key is written first: a crash in between leaves a pair that doesn't match, which `load_cert_chain`
         refuses and the next start repairs by issuing again.
         """
-        issue_node_certificate(self.authority, self.files, self.cluster, now=now)
+        issue_node_certificate(self.issuer, self.files, self.cluster, now=now)
 
 
-def issue_node_certificate(authority: Authority, files: Files, cluster: ClusterFile, *, now: int) -> None:
-    """Writes a fresh node key and certificate."""
-    issued = authority.issue_node(node=cluster.node, addresses=cluster.addresses, now=now, days=NODE_CERTIFICATE_DAYS)
+def write_pair(issued: IssuedKey, certificate: Path, key: Path) -> None:
+    """Writes a key (0600), then its certificate."""
+    write_atomic(key, issued.key.reveal(), mode=0o600)
+    write_atomic(certificate, issued.certificate_pem, mode=0o644)
+
+
+def issue_node_certificate(issuer: Issuer, files: Files, cluster: ClusterFile, *, now: int) -> None:
+    """Writes a fresh node key and certificate, with what leads from it to the root."""
+    issued = issuer.issue_node(node=cluster.node, addresses=cluster.addresses, now=now, days=NODE_CERTIFICATE_DAYS)
     write_atomic(files.node_key, issued.key.reveal(), mode=0o600)
-    chain = issued.certificate_pem
+    chain = issued.certificate_pem + issuer.chain_pem
     if files.cross_certificate.exists():
         # Who still trusts only the former root gets to this node by way of it.
         chain += _load(files.cross_certificate, _certificate)
     write_atomic(files.node_certificate, chain, mode=0o644)
 
 
-def create(files: Files, *, cluster_id: str, addresses: list[str], enroll_port: int, ssh_port: int, now: int) -> None:
-    """Makes all material of a one-node cluster below `files`; ports are those that SEs see."""
+def create(
+    files: Files,
+    *,
+    cluster_id: str,
+    addresses: list[str],
+    enroll_port: int,
+    ssh_port: int,
+    now: int,
+    passphrase: Secret | None = None,
+) -> None:
+    """Makes all material of a one-node cluster below `files`; ports are those that SEs see.
+
+    With a `passphrase` the root key is sealed under it, and an issuing CA does the daily signing.
+
+    Raises:
+        UsageError: a passphrase that protects nothing, or an address that can't stand in a certificate.
+    """
+    if passphrase is not None:
+        sealed.check_passphrase(passphrase)
     make_dir(files.state, mode=0o700)
     make_dir(files.bundles, mode=0o700)
     cluster = ClusterFile(
         cluster_id=cluster_id, node=1, epoch=1, addresses=addresses, enroll_port=enroll_port, ssh_port=ssh_port
     )
     authority = Authority.create(cluster_id, now=now)
-    write_atomic(files.root_key, authority.key_pem().reveal(), mode=0o600)
+    write_atomic(files.root_key, authority.key_file(passphrase).reveal(), mode=0o600)
     write_atomic(files.root_certificate, authority.certificate_pem, mode=0o644)
-    issue_node_certificate(authority, files, cluster, now=now)
+    issuer: Issuer = authority
+    if passphrase is not None:
+        issued = authority.issue_issuing(now=now)
+        write_pair(issued, files.issuing_certificate, files.issuing_key)
+        issuer = Issuer.load(issued.certificate_pem, issued.key.reveal())
+    issue_node_certificate(issuer, files, cluster, now=now)
     lines = {}
     for path in (files.host_key, files.login_key):
         private, line = ssh_keys.generate()

@@ -66,6 +66,8 @@ class ControllerMetrics:
     """Code of `protocol.telemetry.Faults` to how often."""
     certificate_expires_at: float = 0.0
     """Of the node; seconds since 1970, 0 leaves it out."""
+    expiries: Mapping[str, float] = field(default_factory=dict)
+    """What ends when: root CA, issuing CA, node certificate, image keys; seconds since 1970."""
 
 
 def _label_text(labels: _Labels) -> str:
@@ -140,6 +142,12 @@ def _controller(controller: ControllerMetrics, states: Mapping[State, int]) -> I
             "gauge",
             "When the node certificate ends, in seconds since 1970.",
             [("", expiry)] if expiry else [],
+        ),
+        (
+            "appliance_expiry_timestamp_seconds",
+            "gauge",
+            "When a certificate or an image key ends, in seconds since 1970.",
+            [(_labels([("what", what)]), ends) for what, ends in sorted(controller.expiries.items())],
         ),
         ("process_cpu_seconds_total", "counter", "CPU time of the controller.", [("", process.cpu_s)]),
         ("process_resident_memory_bytes", "gauge", "Resident memory.", [("", process.resident_bytes)]),

@@ -35,7 +35,7 @@ from appliance.controller.operator_images import ImagesApi
 from appliance.controller.operator_trust import TrustApi
 from appliance.controller.rate import KeyRates, Rates
 from appliance.controller.registry import Registry
-from appliance.controller.renewal import Renewal
+from appliance.controller.renewal import Expiry, Renewal, of_material
 from appliance.controller.reverse import ReversePath
 from appliance.controller.rotation import Kind, Rotation
 from appliance.controller.safekeeping import Safekeeping
@@ -46,6 +46,7 @@ from appliance.controller.telemetry import History
 from appliance.controller.tokens import Tokens
 from appliance.controller.trust import Publication
 from appliance.controller.tunnel import Gateway
+from appliance.controller.vault import Vault
 from appliance.controller.web import Endpoint, Request, StreamingResponse, application
 from appliance.errors import StorageError, TrustError
 from appliance.paths import Paths
@@ -64,7 +65,6 @@ from appliance.settings import Settings
 _log = logging.getLogger(__name__)
 
 OPERATOR_BODY_BYTES = 64 * 1024
-IMAGE_KEY_WARNING_S = 7 * 86400
 
 
 def allowed_uids(names: Collection[str]) -> frozenset[int]:
@@ -109,6 +109,13 @@ class Parts:
         self.trust = Publication(self.material, on_publish=self.reserve, wall=clock.now)
         self.rotation = Rotation(
             self.material, self.trust, waiting=self._unaware, on_switch=self._switched, wall=clock.now
+        )
+        self.vault = Vault(
+            self.material,
+            self.trust,
+            on_switch=lambda: self._switched(Kind.CA),
+            wall=clock.now,
+            monotonic=clock.monotonic,
         )
         uids = allowed_uids(terms.reverse_users)
         self.reverse = ReversePath(self.fleet, allowed_uids=lambda: uids)
@@ -186,7 +193,7 @@ class Parts:
             path=tunnel.HEARTBEAT_PATH,
             answer=channel_api.answer_beat,
         )
-        trust_api = TrustApi(self.rotation, self.fleet, self.events)
+        trust_api = TrustApi(self.rotation, self.vault, self.fleet, self.events, view=self.view, wall=clock.now)
         admission_api = AdmissionApi(
             self.registry,
             self.admission,
@@ -243,17 +250,13 @@ class Parts:
 
     # What other parts ask for.
 
-    def _expiries(self) -> dict[str, float]:
-        found: dict[str, float] = {
-            "root CA": self.material.authority.expires_at,
-            "node certificate": self.material.node_certificate_expires_at,
-        }
-        now = self.clock.now()
-        for key in self.registry.image_keys():
-            # An image key lives a month by default: it would be warned of from its first day on.
-            if key.is_active(now) and key.expires_at - now < IMAGE_KEY_WARNING_S:
-                found[f"image key {key.image_key_id}"] = key.expires_at
-        return found
+    def _expiries(self) -> list[Expiry]:
+        now, advice = self.clock.now(), "`appliance image-key create` makes another"
+        keys = [key for key in self.registry.image_keys() if key.is_active(now)]
+        return [
+            *of_material(self.material),
+            *(Expiry(f"image key {key.image_key_id}", key.expires_at, key.created_at, advice) for key in keys),
+        ]
 
     def _has_room(self) -> bool:
         return shutil.disk_usage(self.paths.controller_state).free >= self.settings.controller.disk_reserve_bytes
@@ -282,6 +285,8 @@ class Parts:
         files = self.material.files
         if kind is Kind.CA:
             tls.reload(self.tls_context, files.node_certificate, files.node_key)
+            # Who comes from now on may not believe who signed the head so far.
+            self.kept.witness.sign()
         elif kind is Kind.HOST_KEY and self.acceptor is not None:
             self.acceptor.update(server_host_keys=[str(files.host_key)])
 
@@ -308,6 +313,7 @@ class Parts:
             self.registry,
             self.fleet,
             expiries=self._expiries(),
+            backup_is_due=self.material.files.backup_due.exists(),
             short_of_bytes=0 if self._has_room() else self.settings.controller.disk_reserve_bytes,
             clock_is_synchronised=self.clock.synchronised(),
             now=self.clock.now(),
@@ -338,6 +344,7 @@ class Parts:
             samples_accepted=self.history.accepted,
             samples_refused=dict(self.history.refused),
             certificate_expires_at=float(self.material.node_certificate_expires_at),
+            expiries={expiry.what: float(expiry.expires_at) for expiry in self._expiries()},
         )
         return StreamingResponse(
             metrics.render(snapshot, scrape(self.fleet, self.history)), media_type=metrics.CONTENT_TYPE

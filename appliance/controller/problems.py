@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 from appliance.controller.fleet import Fleet
 from appliance.controller.registry import Registry
+from appliance.controller.renewal import Expiry
 from appliance.protocol.enroll import SeStatus
-
-EXPIRY_WARNING_S = 30 * 86400
 
 
 def find(
     registry: Registry,
     fleet: Fleet,
     *,
-    expiries: Mapping[str, float],
+    expiries: Iterable[Expiry],
+    backup_is_due: bool,
     short_of_bytes: int,
     clock_is_synchronised: bool,
     now: float,
@@ -25,7 +25,8 @@ def find(
     Args:
         registry: whose image keys and waiting SEs count.
         fleet: whose copies in quarantine count.
-        expiries: what expires when, seconds since 1970.
+        expiries: what expires when.
+        backup_is_due: whether the root changed, and no backup was taken since that began.
         short_of_bytes: the disk reserve where it is touched, else 0.
         clock_is_synchronised: as the kernel says.
         now: seconds since 1970.
@@ -34,9 +35,14 @@ def find(
         yield f"less than {short_of_bytes >> 20} MiB of disk are free: enrollments are refused"
     if not clock_is_synchronised:
         yield "the clock isn't synchronised"
-    for what, expires_at in expiries.items():
-        if expires_at - now < EXPIRY_WARNING_S:
-            yield f"the {what} expires in {max(0.0, expires_at - now) / 86400:.0f} days"
+    for expiry in expiries:
+        if expiry.reached(now):
+            yield expiry.sentence(now)
+    if backup_is_due:
+        yield (
+            "no backup was taken since the change of the root CA began, and an older one brings no SE back after it: "
+            "`appliance controller backup --out FILE`"
+        )
     if not any(key.is_active(now) for key in registry.image_keys()):
         yield "no image key is active: no new SE can enroll; see `appliance image-key create`"
     waiting = sum(1 for record in registry.ses() if record.status is SeStatus.PENDING)

@@ -29,8 +29,11 @@ class Receipts:
             name=record.name,
             labels=record.labels,
         )
-        return self._material.authority.sign(RECEIPT_TYPE, strict_json.encode(receipt))
+        return self._material.issuer.sign(RECEIPT_TYPE, strict_json.encode(receipt))
 
     def check(self, envelope: Envelope) -> Receipt:
-        """Returns a receipt that a root of this cluster signed, be it the former one. Raises as `verify_receipt`."""
-        return verify_receipt(envelope, self._material.anchors)
+        """Returns a receipt that a root of this cluster signed, be it the former one, or an issuing CA in its name.
+
+        Raises as `verify_receipt`.
+        """
+        return verify_receipt(envelope, self._material.anchors, self._material.trust.revoked_node_keys)

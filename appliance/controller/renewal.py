@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 from appliance.controller.events import Events
 from appliance.controller.material import Material
@@ -20,32 +22,70 @@ WARN_DAYS = (30, 7, 2)
 DAY_S = 86400
 
 
+class Expiry(NamedTuple):
+    """What ends when. Times are seconds since 1970; where nothing is known of it, it ended with 1970's first."""
+
+    what: str
+    expires_at: float
+    began_at: float
+    advice: str
+    """What to do, for people."""
+
+    def days(self) -> list[int]:
+        """Thresholds of `WARN_DAYS` that count: what lives for a month isn't warned of from its first day on."""
+        return [days for days in WARN_DAYS if days * DAY_S <= (self.expires_at - self.began_at) / 2]
+
+    def reached(self, now: float) -> list[int]:
+        """Those that are reached at `now`."""
+        return [days for days in self.days() if self.expires_at - now <= days * DAY_S]
+
+    def sentence(self, now: float) -> str:
+        """What to tell of it."""
+        left_s = self.expires_at - now
+        days = round(left_s / DAY_S)
+        left = f"expires in {days} {'day' if days == 1 else 'days'}" if left_s > 0 else "has expired"
+        return f"the {self.what} {left}: {self.advice}"
+
+
 class Warnings:
     """Decides which warnings are due: each threshold of each thing once, the nearest one only. Pure."""
 
     def __init__(self) -> None:
         self._told: set[tuple[str, int]] = set()
 
-    def due(self, expiries: Mapping[str, float], now: float) -> list[str]:
+    def due(self, expiries: Iterable[Expiry], now: float) -> list[str]:
         """Returns the sentences to tell now.
 
         Args:
-            expiries: what expires when, seconds since 1970.
+            expiries: what expires when.
             now: seconds since 1970.
         """
         sentences = []
-        for what, expires_at in expiries.items():
-            left_s = expires_at - now
-            reached = [days for days in WARN_DAYS if left_s <= days * DAY_S]
+        for expiry in expiries:
+            what, reached = expiry.what, expiry.reached(now)
             if not reached:
-                self._told -= {(what, days) for days in WARN_DAYS}
+                self._told -= {(what, days) for days in (*WARN_DAYS, 0)}
                 continue
-            nearest = min(reached)
+            nearest = min(reached) if now < expiry.expires_at else 0
             if (what, nearest) not in self._told:
-                left = f"in {left_s / DAY_S:.0f} days" if left_s > 0 else "now: it has expired"
-                sentences.append(f"the {what} expires {left}")
-            self._told |= {(what, days) for days in reached}
+                sentences.append(expiry.sentence(now))
+            self._told |= {(what, days) for days in (*reached, nearest)}
         return sentences
+
+
+def of_material(material: Material) -> list[Expiry]:
+    """What the certificates of a controller say."""
+    root, issuing, terms = material.authority, material.issuing, material.node_terms()
+    found = [Expiry("root CA", root.expires_at, root.not_before, "`appliance controller rotate-ca begin` replaces it")]
+    if issuing is not None:
+        advice = "`appliance controller issuing-ca renew` replaces it"
+        found.append(Expiry("issuing CA", issuing.expires_at, issuing.not_before, advice))
+    if material.issuer is issuing and terms is not None and terms.not_after == issuing.expires_at:
+        advice = "it ends with the issuing CA"
+    else:
+        advice = "it renews itself; the log says why it could not"
+    ends, began = (terms.not_after, terms.not_before) if terms else (0.0, -math.inf)
+    return [*found, Expiry("node certificate", ends, began, advice)]
 
 
 class Renewal:
@@ -65,7 +105,7 @@ class Renewal:
         context: ssl.SSLContext,
         events: Events,
         *,
-        expiries: Callable[[], Mapping[str, float]],
+        expiries: Callable[[], Iterable[Expiry]],
         wall: Callable[[], float],
     ) -> None:
         self._material = material
@@ -78,7 +118,7 @@ class Renewal:
         """Set to have it look now."""
 
     def look(self) -> None:
-        """Renews the certificate where two thirds of its life are over, else takes what lies on disk; warns."""
+        """Renews the certificate where that is due, else takes what lies on disk; warns."""
         files = self._material.files
         try:
             is_due = self._material.renewal_due(self._wall())

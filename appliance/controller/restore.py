@@ -8,6 +8,9 @@ What the former controller did after the backup is unknown, and SEs remember it.
     link tickets           unknown: the first that comes counts
     unused tokens          withdrawn: they may have been used since
     audit                  goes on in a new segment, whose genesis names node, epoch and the entry before it
+    a root announced       takes over: whether the change was finished or not after the backup, SEs trust either the
+                           new root, or the old one, which certified the new one's key
+    issuing CA             a new one, where it ends within a month
     RECOVERY               begins
 
 All of it is done in a directory of its own beside the place, which one rename puts there. A restore that was cut
@@ -30,11 +33,18 @@ import msgspec
 from appliance.controller import backup, records
 from appliance.controller.audit import Audit
 from appliance.controller.backup import Contents, Summary
-from appliance.controller.material import NONCE_KEY_BYTES, Files, Material, issue_node_certificate
+from appliance.controller.material import (
+    NONCE_KEY_BYTES,
+    ClusterFile,
+    Files,
+    Material,
+    issue_node_certificate,
+    write_pair,
+)
 from appliance.controller.records import SeRecord, TokenRecord
 from appliance.controller.recovery import RECOVERY, RecoveryRecord
 from appliance.controller.registry import Registry
-from appliance.controller.rotation import resume_files
+from appliance.controller.rotation import Kind, Rotation, is_announced, resume_files
 from appliance.controller.store.port import MAX_OPERATIONS, Compare, Put, Store
 from appliance.controller.store.sqlite import SqliteStore
 from appliance.controller.trust import Publication
@@ -53,6 +63,8 @@ R = TypeVar("R", SeRecord, TokenRecord)
 
 STAGING = "controller.restoring"
 ACTOR = "controller restore"
+ISSUING_LEFT_S = 30 * 86400
+"""An issuing CA with less left is replaced."""
 
 
 class Restored(NamedTuple):
@@ -84,6 +96,7 @@ def restore(
     date: int | None = None,
     place: NewPlace = NewPlace(),  # noqa: B008 - a tuple
     skip_numbers: int = SKIPPED_NUMBERS,
+    root_passphrase: Callable[[], Secret] | None = None,
 ) -> Restored:
     """Restores the backup `file` below `paths`, which holds no controller.
 
@@ -95,10 +108,12 @@ def restore(
         date: seconds since 1970, where an operator vouches for it.
         place: where it differs from the backup's.
         skip_numbers: how many SE numbers are passed over.
+        root_passphrase: asked for the root key's passphrase where that has one.
 
     Raises:
         SettingsError: the clock isn't synchronised and no date was given.
         StorageError, TrustError: the backup does not hold, or this root can't be written.
+        PassphraseError: the root key's passphrase is missing or wrong.
         UsageError: there are not so many numbers left.
     """
     if date is None and not clock.synchronised():
@@ -131,7 +146,7 @@ def restore(
         if staging.state.exists():
             shutil.rmtree(staging.state)
         _write(staging, contents)
-        epoch = _renew(staging, place, now=now)
+        epoch = _renew(staging, place, now=now, root_passphrase=root_passphrase)
         record = asyncio.run(_renew_store(staging, summary, epoch=epoch, now=now, skip=skip_numbers, clock=clock))
         write_atomic(staging.ready, b"", mode=0o644)
         settings_kept = _write_settings(paths, contents)
@@ -168,11 +183,24 @@ def _write_settings(paths: Paths, contents: Contents) -> bool:
     return False
 
 
-def _renew(files: Files, place: NewPlace, *, now: int) -> int:
+def _renew(files: Files, place: NewPlace, *, now: int, root_passphrase: Callable[[], Secret] | None) -> int:
     """Raises epoch and trust version, moves the node where it is to be; returns the epoch."""
     resume_files(files)
     write_atomic(files.nonce_key, secrets.token_bytes(NONCE_KEY_BYTES), mode=0o600)
     material = Material(files)
+    if material.authority.is_locked and root_passphrase is not None:
+        with material.unlocked(material.unlock(root_passphrase())):
+            cluster = _speak_anew(material, place, now=now)
+    else:
+        cluster = _speak_anew(material, place, now=now)
+    write_atomic(files.cluster, strict_json.encode(cluster), mode=0o644)
+    issue_node_certificate(material.issuer, files, cluster, now=now)
+    return cluster.epoch
+
+
+def _speak_anew(material: Material, place: NewPlace, *, now: int) -> ClusterFile:
+    """Signs what the roots must sign; returns what the cluster is from now on."""
+    files = material.files
     was = material.cluster
     cluster = msgspec.structs.replace(
         was,
@@ -192,10 +220,14 @@ def _renew(files: Files, place: NewPlace, *, now: int) -> int:
         for node in material.trust.nodes
     ]
     publication = Publication(material, on_publish=lambda _: None, wall=lambda: float(now))
+    if material.issuing is not None and material.issuing.expires_at - now < ISSUING_LEFT_S:
+        write_pair(material.authority.issue_issuing(now=now), files.issuing_certificate, files.issuing_key)
     publication.publish(at_least=cluster.epoch, epoch=cluster.epoch, nodes=nodes)
-    write_atomic(files.cluster, strict_json.encode(cluster), mode=0o644)
-    issue_node_certificate(material.authority, files, cluster, now=now)
-    return cluster.epoch
+    rotation = Rotation(material, publication, waiting=lambda _: [], on_switch=lambda _: None, wall=lambda: float(now))
+    rotation.resume()
+    if is_announced(files, Kind.CA):
+        rotation.finish(Kind.CA)
+    return cluster
 
 
 async def _renew_store(

@@ -4,13 +4,16 @@ Each of the three goes the same way, so that no SE is ever asked to believe what
 
     begin     the successor is made and announced: the trust document lists both          -> ANNOUNCED
     (SEs take the new version with their next heartbeat; `status` tells who has not yet)
-    finish    SWITCHING; the successor takes the old one's place on disk and in the daemon;
-              the trust document lists only the successor                                 -> none
+    finish    one switch of files (`switching`): the successor takes the old one's place, and the trust
+              document lists only that one; then the daemon follows                       -> none
     abort     the trust document lists only the old one; the successor is destroyed       -> none
 
-The phase is stored before what it names is done, and each step may be repeated: `resume_files` and `resume` finish
-what a power cut left. After a change of root the former root's key stays for signing trust documents, for SEs that
-were off all the time, until `forget`.
+All three sign trust documents, so the roots must be open (`Material.unlocked`) where they have a passphrase. After a
+power cut nobody asks for one: `resume_files` and `resume` finish a switch that began, and take back a change whose
+successor the trust document in force doesn't list (a `begin` that was cut before it, or an `abort` after it).
+
+After a change of root the former root's key stays for signing trust documents, for SEs that were off all the time,
+until `forget`.
 """
 
 from __future__ import annotations
@@ -19,23 +22,25 @@ import enum
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import msgspec
 
-from appliance.controller.material import Files, Material, issue_node_certificate
+from appliance.controller import switching
+from appliance.controller.material import Files, Material, issue_node_certificate, write_pair
+from appliance.controller.switching import destroy, staged
 from appliance.controller.trust import Publication
 from appliance.errors import UsageError
 from appliance.pki import ssh_keys
 from appliance.pki.authority import Authority
+from appliance.pki.secret import Secret
 from appliance.protocol.operator import RotationView
-from appliance.storage.atomic import read_limited, remove_durably, sync_directory, write_atomic
+from appliance.storage.atomic import read_limited, remove_durably, write_atomic
 from appliance.storage.document import Document
 
 _log = logging.getLogger(__name__)
 
 MAX_FILE_BYTES = 64 * 1024
-_GONE = "gone-"
-"""Begin of the name of a key that is being destroyed."""
 
 
 class Kind(enum.StrEnum):
@@ -50,7 +55,6 @@ class Phase(enum.StrEnum):
     """How far a change got."""
 
     ANNOUNCED = "announced"
-    SWITCHING = "switching"
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,6 +71,19 @@ class Records(msgspec.Struct, frozen=True, kw_only=True):
     kinds: dict[str, Record] = {}
 
 
+class NextRoot(NamedTuple):
+    """A root that is to be the next one, and what its key's file holds."""
+
+    authority: Authority
+    key_file: Secret
+
+
+def make_root(cluster_id: str, *, now: int, passphrase: Secret | None) -> NextRoot:
+    """Makes a successor; half a second and 128 MiB where there is a passphrase: for a thread."""
+    authority = Authority.create(cluster_id, now=now)
+    return NextRoot(authority, authority.key_file(passphrase))
+
+
 def _document(files: Files) -> Document[Records]:
     return Document(files.state / "rotation.json", Records)
 
@@ -75,39 +92,31 @@ def _public(path: Path) -> Path:
     return path.with_name(f"{path.name}.pub")
 
 
-def _destroy(path: Path) -> None:
-    """Scrubs a key; by way of another name, so that a cut never leaves zeros where a key is looked for."""
-    gone = path.with_name(f"{_GONE}{path.name}")
-    if path.exists():
-        path.replace(gone)
-    remove_durably(gone, scrub=True)
-
-
-def _switch_files(files: Files, kind: Kind) -> None:
-    """Puts the successor's files in place; may be cut and repeated anywhere."""
+def _paths(files: Files, kind: Kind) -> list[Path]:
+    """The files of a kind that have a successor; the one that the trust document lists is the first."""
     if kind is Kind.CA:
-        for path, mode in ((files.root_key, 0o600), (files.root_certificate, 0o644)):
-            former = files.former(path)
-            if not former.exists():
-                write_atomic(former, read_limited(path, max_bytes=MAX_FILE_BYTES), mode=mode)
-        paths = [files.cross_certificate, files.root_certificate, files.root_key]
-    else:
-        private = files.host_key if kind is Kind.HOST_KEY else files.login_key
-        paths = [_public(private), private]
-    for path in paths:
-        if files.successor(path).exists():
-            files.successor(path).replace(path)
-    sync_directory(files.state)
+        return [files.root_certificate, files.cross_certificate, files.root_key]
+    private = files.host_key if kind is Kind.HOST_KEY else files.login_key
+    return [_public(private), private]
+
+
+def _text(path: Path) -> str:
+    return read_limited(path, max_bytes=MAX_FILE_BYTES).decode()
+
+
+def is_announced(files: Files, kind: Kind) -> bool:
+    """Whether a change of that kind is under way on disk."""
+    records = _document(files).load()
+    return records is not None and kind.value in records.kinds
 
 
 def resume_files(files: Files) -> None:
-    """Finishes what a power cut left of switching files; runs before anything is loaded from them."""
-    for gone in files.state.glob(f"{_GONE}*"):
-        remove_durably(gone, scrub=True)
-    records = _document(files).load()
-    for kind, record in records.kinds.items() if records else ():
-        if record.phase is Phase.SWITCHING:
-            _switch_files(files, Kind(kind))
+    """Finishes or takes back what a power cut left of changing files; runs before anything is loaded from them."""
+    switching.resume(files.state)
+    for kind in Kind:
+        if not is_announced(files, kind):
+            for path in _paths(files, kind):
+                destroy(files.successor(path))
 
 
 class Rotation:
@@ -170,121 +179,154 @@ class Rotation:
             began_at=record.began_at if record else 0.0,
             waiting=self._waiting(record.version) if record else [],
             former_kept=kind is Kind.CA and self._material.former is not None,
+            backup_due=kind is Kind.CA and self._material.files.backup_due.exists(),
         )
 
-    def begin(self, kind: Kind) -> RotationView:
-        """Makes the successor and announces it."""
+    def begin(self, kind: Kind, root: NextRoot | None = None) -> RotationView:
+        """Makes the successor and announces it.
+
+        Args:
+            kind: what is changed.
+            root: the successor where that is a root; one without a passphrase is made where there is none.
+
+        Raises:
+            UsageError: such a change is under way.
+            PassphraseError: the root key is locked.
+        """
         if kind.value in self._records.kinds:
             raise UsageError(
                 f"a change of the {kind.value} is under way already",
                 hint="finish or abort it; `status` tells how far it is",
             )
-        self._make(kind)
-        self._save(kind, Record(phase=Phase.ANNOUNCED, version=0, began_at=self._wall()))
-        self._announce(kind)
+        material = self._material
+        material.check_open()
+        if kind is Kind.CA:
+            self._make_root(root or make_root(material.cluster.cluster_id, now=int(self._wall()), passphrase=None))
+        else:
+            public, path = _paths(material.files, kind)
+            private, line = ssh_keys.generate()
+            write_atomic(material.files.successor(path), private.reveal(), mode=0o600)
+            write_atomic(material.files.successor(public), line.encode() + b"\n", mode=0o644)
+        record = Record(phase=Phase.ANNOUNCED, version=0, began_at=self._wall())
+        self._save(kind, record)
+        if kind is Kind.CA and material.successor is not None and not material.files.backup_due.exists():
+            write_atomic(material.files.backup_due, material.successor.fingerprint.encode(), mode=0o644)
+        self._publication.publish(**self._listed(kind, current=True, successor=True))
+        self._save(kind, msgspec.structs.replace(record, version=self._publication.version))
         return self.view(kind)
 
-    def _make(self, kind: Kind) -> None:
-        files, now = self._material.files, int(self._wall())
-        if kind is Kind.CA:
-            self.forget()
-            authority = self._material.authority
-            successor = Authority.create(authority.cluster_id, now=now)
-            crossed = authority.cross_sign(successor, now=now)
-            write_atomic(files.successor(files.root_key), successor.key_pem().reveal(), mode=0o600)
-            write_atomic(files.successor(files.root_certificate), successor.certificate_pem, mode=0o644)
-            write_atomic(files.successor(files.cross_certificate), crossed, mode=0o644)
-            self._material.load_authorities()
-            return
-        path = files.host_key if kind is Kind.HOST_KEY else files.login_key
-        private, line = ssh_keys.generate()
-        write_atomic(files.successor(path), private.reveal(), mode=0o600)
-        write_atomic(files.successor(_public(path)), line.encode() + b"\n", mode=0o644)
+    def _make_root(self, made: NextRoot) -> None:
+        files, material = self._material.files, self._material
+        self.forget()
+        crossed = material.authority.cross_sign(made.authority, now=int(self._wall()))
+        write_atomic(files.successor(files.root_key), made.key_file.reveal(), mode=0o600)
+        write_atomic(files.successor(files.root_certificate), made.authority.certificate_pem, mode=0o644)
+        write_atomic(files.successor(files.cross_certificate), crossed, mode=0o644)
+        material.successor = made.authority
 
-    def _announce(self, kind: Kind) -> None:
-        self._publish(kind, with_successor=True)
-        record = self._record(kind)
-        self._save(kind, msgspec.structs.replace(record, version=self._publication.version))
-
-    def _publish(self, kind: Kind, *, with_successor: bool) -> None:
-        files = self._material.files
-        current = files.root_certificate if kind is Kind.CA else _public(files.host_key)
-        if kind is Kind.LOGIN_KEY:
-            current = _public(files.login_key)
-        paths = [current, files.successor(current)] if with_successor else [current]
-        texts = [read_limited(path, max_bytes=MAX_FILE_BYTES).decode() for path in paths]
+    def _listed(self, kind: Kind, *, current: bool, successor: bool) -> dict[str, Any]:
+        """The fields of the trust document that list a kind's current one, its successor, or both."""
+        files, path = self._material.files, _paths(self._material.files, kind)[0]
+        paths = [place for place, wanted in ((path, current), (files.successor(path), successor)) if wanted]
         if kind is Kind.CA:
-            self._publication.publish(roots=texts)
-            return
-        lines = [text.strip() for text in texts]
+            return {"roots": [_text(place) for place in paths]}
+        lines = [_text(place).strip() for place in paths]
         if kind is Kind.LOGIN_KEY:
-            self._publication.publish(login_keys=lines)
-            return
-        nodes = [
-            msgspec.structs.replace(node, host_keys=lines) if node.number == self._material.cluster.node else node
-            for node in self._publication.document.nodes
-        ]
-        self._publication.publish(nodes=nodes)
+            return {"login_keys": lines}
+        nodes = self._publication.document.nodes
+        mine = self._material.cluster.node
+        return {
+            "nodes": [msgspec.structs.replace(node, host_keys=lines) if node.number == mine else node for node in nodes]
+        }
 
     def finish(self, kind: Kind, *, force: bool = False) -> RotationView:
         """Lets the successor take over.
 
         Raises:
             UsageError: nothing is under way, or SEs have not seen the announcement and `force` isn't given.
+            PassphraseError: the root key is locked.
         """
-        record = self._record(kind)
-        waiting = self._waiting(record.version)
+        waiting = self._waiting(self._record(kind).version)
         if waiting and not force:
             some = ", ".join(waiting[:5]) + (f" and {len(waiting) - 5} more" if len(waiting) > 5 else "")
             raise UsageError(
                 f"{len(waiting)} SEs have not seen the successor yet: {some}",
                 hint="wait until they were up once, or pass --force: they come back by a refresh, a minute later",
             )
-        self._save(kind, msgspec.structs.replace(record, phase=Phase.SWITCHING))
-        _switch_files(self._material.files, kind)
-        self._switched(kind)
+        material, files = self._material, self._material.files
+        material.check_open()
+        moves = [(files.successor(path), path) for path in _paths(files, kind)]
+        keep: list[tuple[Path, Path]] = []
+        if kind is Kind.CA:
+            keep = [(path, files.former(path)) for path in (files.root_key, files.root_certificate)]
+            moves += self._stage_issuing()
+        self._publication.stage(**self._listed(kind, current=False, successor=True))
+        switching.switch(files.state, [*moves, (staged(files.trust), files.trust)], keep=keep)
+        material.load_authorities()
+        self._publication.reload()
+        if kind is Kind.CA:
+            issue_node_certificate(material.issuer, files, material.cluster, now=int(self._wall()))
+        self._on_switch(kind)
+        self._save(kind, None)
         return self.view(kind)
 
-    def _switched(self, kind: Kind) -> None:
-        """The files are in place: the daemon and the trust document follow."""
-        material = self._material
-        if kind is Kind.CA:
-            material.load_authorities()
-            issue_node_certificate(material.authority, material.files, material.cluster, now=int(self._wall()))
-        self._on_switch(kind)
-        self._publish(kind, with_successor=False)
-        self._save(kind, None)
+    def _stage_issuing(self) -> list[tuple[Path, Path]]:
+        """Has the next root make an issuing CA, where the present one has one."""
+        material, files = self._material, self._material.files
+        if material.issuing is None or material.successor is None:
+            return []
+        places = (files.issuing_certificate, files.issuing_key)
+        issued = material.successor.issue_issuing(now=int(self._wall()))
+        write_pair(issued, *(staged(path) for path in places))
+        return [(staged(path), path) for path in places]
 
     def abort(self, kind: Kind) -> RotationView:
-        """Takes an announcement back."""
-        if self._record(kind).phase is Phase.SWITCHING:
-            raise UsageError("the successor is taking over already", hint="finish it instead")
-        self._publish(kind, with_successor=False)
-        files = self._material.files
-        paths = {
-            Kind.CA: (files.root_key, files.root_certificate, files.cross_certificate),
-            Kind.HOST_KEY: (files.host_key, _public(files.host_key)),
-            Kind.LOGIN_KEY: (files.login_key, _public(files.login_key)),
-        }[kind]
-        for path in paths:
-            _destroy(files.successor(path))
-        self._material.load_authorities()
-        self._save(kind, None)
+        """Takes an announcement back.
+
+        Raises:
+            UsageError: nothing is under way.
+            PassphraseError: the root key is locked.
+        """
+        self._record(kind)
+        self._material.check_open()
+        self._publication.publish(**self._listed(kind, current=True, successor=False))
+        self._take_back(kind)
         return self.view(kind)
+
+    def _take_back(self, kind: Kind) -> None:
+        material, files = self._material, self._material.files
+        root = material.successor if kind is Kind.CA else None
+        if root is not None and files.backup_due.exists() and _text(files.backup_due) == root.fingerprint:
+            remove_durably(files.backup_due)
+        for path in _paths(files, kind):
+            destroy(files.successor(path))
+        if kind is Kind.CA:
+            material.successor = None
+        self._save(kind, None)
 
     def forget(self) -> None:
         """Destroys the former root's key: SEs that were off since before the change of root need a new seed then."""
         files = self._material.files
         for path in (files.root_key, files.root_certificate):
-            _destroy(files.former(path))
-        self._material.load_authorities()
+            destroy(files.former(path))
+        self._material.former = None
 
     def resume(self) -> None:
-        """Finishes what a power cut left; `resume_files` ran before."""
+        """Finishes or takes back what a power cut left; `resume_files` ran before."""
         for name, record in list(self._records.kinds.items()):
             kind = Kind(name)
-            if record.phase is Phase.SWITCHING:
-                _log.warning("finishing the change of the %s that was cut", kind.value)
-                self._switched(kind)
+            if not self._is_listed(kind):
+                _log.warning("the change of the %s, which was cut, is over", kind.value)
+                self._take_back(kind)
             elif not record.version:
-                self._announce(kind)
+                self._save(kind, msgspec.structs.replace(record, version=self._publication.version))
+
+    def _is_listed(self, kind: Kind) -> bool:
+        """Whether the trust document in force lists the successor, whose files are there."""
+        files = self._material.files
+        if not all(files.successor(path).exists() for path in _paths(files, kind)):
+            return False
+        document = self._publication.document
+        return all(
+            getattr(document, name) == value for name, value in self._listed(kind, current=True, successor=True).items()
+        )

@@ -68,7 +68,7 @@ class Witness:
             hash=self._audit.head,
             time=int(now),
         )
-        envelope = self._material.authority.sign(AUDIT_HEAD_TYPE, strict_json.encode(head))
+        envelope = self._material.issuer.sign(AUDIT_HEAD_TYPE, strict_json.encode(head))
         self.head, self.envelope, self._signed_at = head, envelope, now
         return envelope
 
@@ -91,7 +91,7 @@ class Witness:
         """Judges heads that an SE brought with its hello. `by` is its name."""
         for envelope in envelopes[:MAX_AUDIT_HEADS]:
             try:
-                head = verify_audit_head(envelope, self._material.anchors)
+                head = verify_audit_head(envelope, self._material.anchors, self._material.trust.revoked_node_keys)
             except ApplianceError as error:
                 _log.warning("%s shows an audit head that doesn't hold: %s", by, error.message)
                 continue

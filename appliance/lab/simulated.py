@@ -149,8 +149,7 @@ class SimulatedSe:
         context = tls.client_context(self._roots())
         reader, writer = await asyncio.open_connection(host, port, ssl=context, ssl_handshake_timeout=REQUEST_TIMEOUT_S)
         session: ssl.SSLObject = writer.get_extra_info("ssl_object")
-        der = session.getpeercert(binary_form=True) or b""
-        tls.check_peer(der, cluster_id=self.bundle.cluster_id, revoked_node_keys=())
+        tls.check_peer(tls.peer_chain(session), cluster_id=self.bundle.cluster_id, revoked_node_keys=())
         return reader, writer
 
     def _request(self, nonce: str) -> EnrollRequest:

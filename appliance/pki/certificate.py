@@ -1,7 +1,7 @@
 """Reads certificates: what a certificate of this product says, and nothing that isn't in it.
 
-The cluster and the node stand in a URI name: `appliance://<cluster-id>` on a root, `appliance://<cluster-id>/node/<n>`
-on a node. Whether a certificate is signed by anybody is not decided here (`pki.tls`).
+The cluster and the node stand in a URI name: `appliance://<cluster-id>` on a root and on an issuing CA,
+`appliance://<cluster-id>/node/<n>` on a node. Who signed a certificate decides nothing here (`pki.tls`).
 
 Foreign bytes are parsed under `except Exception`: cryptography raises a dozen unrelated kinds for them (a certificate
 whose version number is 2 raises `InvalidVersion`, which is no `ValueError`).
@@ -43,6 +43,10 @@ class CertificateTerms(NamedTuple):
     fingerprint: str
     """Digest of the DER certificate."""
     is_authority: bool
+    path_length: int | None
+    """How many CA certificates may stand between an authority and a leaf; None where it doesn't say."""
+    is_self_issued: bool
+    """Whether issuer and subject have one name, as of a root, or of a root's key certified by the root before it."""
     serves_tls: bool
     """Whether the extended key usage is there and names serverAuth."""
 
@@ -63,6 +67,14 @@ def load_pem(pem: str | bytes) -> x509.Certificate:
     if len(found) != 1:
         raise TrustError(f"{len(found)} certificates in one PEM text, exactly 1 expected")
     return found[0]
+
+
+def first_of(chain_pem: bytes) -> bytes:
+    """Returns the first of the PEM certificates in a text, the leaf of a chain. Raises `TrustError`: there is none."""
+    end = b"-----END CERTIFICATE-----\n"
+    leaf, found, _ = chain_pem.partition(end)
+    load_pem(leaf + found)
+    return leaf + found
 
 
 def load_der(der: bytes) -> x509.Certificate:
@@ -90,17 +102,19 @@ def terms_of(certificate: x509.Certificate) -> CertificateTerms:
     try:
         extensions = certificate.extensions
         subject = certificate.subject.rfc4514_string()
+        is_self_issued = certificate.subject == certificate.issuer
     except Exception as error:  # noqa: BLE001 - foreign bytes, see above
         raise TrustError(f"the certificate can't be read: {error}") from None
     key = key_of(certificate)
     uris: list[str] = []
     is_authority = serves_tls = False
+    path_length: int | None = None
     for extension in extensions:
         match extension.value:
             case x509.SubjectAlternativeName() as names:
                 uris = [uri for uri in names.get_values_for_type(x509.UniformResourceIdentifier) if _is_ours(uri)]
-            case x509.BasicConstraints(ca=ca):
-                is_authority = ca
+            case x509.BasicConstraints(ca=ca, path_length=length):
+                is_authority, path_length = ca, length
             case x509.ExtendedKeyUsage() as usages:
                 serves_tls = ExtendedKeyUsageOID.SERVER_AUTH in usages
     if len(uris) > 1:
@@ -116,6 +130,8 @@ def terms_of(certificate: x509.Certificate) -> CertificateTerms:
         key_id=key_id(key),
         fingerprint=hashlib.sha256(certificate.public_bytes(serialization.Encoding.DER)).hexdigest(),
         is_authority=is_authority,
+        path_length=path_length,
+        is_self_issued=is_self_issued,
         serves_tls=serves_tls,
     )
 
@@ -123,6 +139,19 @@ def terms_of(certificate: x509.Certificate) -> CertificateTerms:
 def certificate_terms(pem: str | bytes) -> CertificateTerms:
     """Returns what the one certificate in `pem` says. Raises `TrustError`."""
     return terms_of(load_pem(pem))
+
+
+def is_issued_by(pem: str | bytes, issuer_pem: str | bytes) -> bool:
+    """Whether the issuer's name stands in a certificate, and its key signed it. Raises `TrustError`: one can't be read.
+
+    Neither dates nor rights are looked at.
+    """
+    certificate, issuer = load_pem(pem), load_pem(issuer_pem)
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except Exception:  # noqa: BLE001 - foreign bytes, see above
+        return False
+    return True
 
 
 def moment(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Seals a file under a passphrase: what a backup of the controller's keys lies in.
+"""Seals a file under a passphrase: what a backup of the controller's keys lies in, and its root key where one is set.
 
     magic line, header line (JSON: what it is, and the parameters below), then one ChaCha20-Poly1305 box (RFC 8439)
 
@@ -91,6 +91,16 @@ def open_sealed(sealed: bytes, passphrase: Secret, *, magic: bytes) -> bytes:
             "it can't be opened: the passphrase is wrong, or the file was changed or cut off",
             hint="try the passphrase again; compare the file's SHA-256 with another copy's",
         ) from None
+
+
+def about(sealed: bytes, *, magic: bytes) -> dict[str, Any]:
+    """Returns what a file says of itself to everybody; only `open_sealed` knows whether that is true.
+
+    Raises:
+        TrustError: another kind of file, or a damaged header.
+    """
+    header, _ = _read_header(sealed, magic)
+    return header.about
 
 
 def _read_header(sealed: bytes, magic: bytes) -> tuple[_Header, bytes]:

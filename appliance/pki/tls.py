@@ -4,7 +4,9 @@ An SE decides in three steps, because a fresh VM may think it is 1970 or 2099:
 
     1. handshake with `client_context`: the chain ends in a trusted root, signatures, path lengths and usages are
        right; neither clock nor address is looked at (NAT changes addresses)
-    2. `check_peer`: the leaf is a node of this cluster, for serverAuth, and not revoked
+    2. `check_peer`: the leaf is a node of this cluster, for serverAuth, and not revoked; between it and the root
+       stand at most an issuing CA of this cluster that is not revoked, and the key of the next root as the trusted
+       one certified it
     3. `check_validity` of `peer_chain`, once the caller knows a time it may believe
 
 Skipping the second or third step isn't this module's to notice; `se.enroll` is the only caller.
@@ -115,7 +117,7 @@ def client_context(roots: Sequence[str]) -> ssl.SSLContext:
 
 
 def peer_chain(sock: ssl.SSLSocket | ssl.SSLObject) -> list[bytes]:
-    """Returns the peer's verified chain as DER, leaf first; the leaf alone where the interpreter gives no more.
+    """Returns the peer's verified chain as DER, leaf first, root last.
 
     Raises:
         TrustError: the peer showed no certificate.
@@ -126,26 +128,23 @@ def peer_chain(sock: ssl.SSLSocket | ssl.SSLObject) -> list[bytes]:
         # Until then the same is there, one level down.
         inner = getattr(getattr(sock, "_sslobj", None), "get_verified_chain", lambda: None)
         chain = [certificate.public_bytes(_ssl.ENCODING_DER) for certificate in inner() or ()]
-    leaf = None if chain else sock.getpeercert(binary_form=True)
-    if leaf:
-        chain = [leaf]
     if not chain:
         raise TrustError("the controller showed no certificate")
     return chain
 
 
-def check_peer(der: bytes, *, cluster_id: str, revoked_node_keys: Collection[str]) -> CertificateTerms:
-    """Checks that a leaf whose chain was verified is a node of `cluster_id` that still counts.
+def check_peer(chain_der: Sequence[bytes], *, cluster_id: str, revoked_node_keys: Collection[str]) -> CertificateTerms:
+    """Checks that the leaf of a verified chain is a node of `cluster_id` that still counts, and so does its issuer.
 
     Args:
-        der: the leaf.
+        chain_der: as `peer_chain` gives it, from the leaf to the root.
         cluster_id: the SE's own cluster.
-        revoked_node_keys: key ids (SHA-256 of SubjectPublicKeyInfo, hex) of the trust document.
+        revoked_node_keys: key ids (SHA-256 of SubjectPublicKeyInfo, hex) of the trust document; issuing CAs' too.
 
     Raises:
-        TrustError: another cluster, no node, no serverAuth, revoked.
+        TrustError: another cluster, no node, no serverAuth, revoked; a CA in between that may not be there.
     """
-    terms = terms_of(load_der(der))
+    terms = terms_of(load_der(chain_der[0]))
     if terms.cluster_id != cluster_id:
         raise TrustError(
             f"the controller's certificate names cluster {terms.cluster_id!r}, expected {cluster_id!r}",
@@ -166,7 +165,39 @@ def check_peer(der: bytes, *, cluster_id: str, revoked_node_keys: Collection[str
             hint="take the node out of service, or issue it a new certificate",
             code=CODE_REVOKED,
         )
+    _check_between(chain_der[1:-1], cluster_id, revoked_node_keys)
     return terms
+
+
+def _check_between(between_der: Sequence[bytes], cluster_id: str, revoked_keys: Collection[str]) -> None:
+    """Checks what stands between leaf and root; OpenSSL has looked at signatures and path lengths.
+
+    A self-issued certificate doesn't count against a path length (RFC 5280, section 4.2.1.9), so an issuing CA could
+    certify another of its own name: it is taken at the root's side alone, where only the root can have signed it.
+    """
+    between = [terms_of(load_der(der)) for der in between_der]
+    for terms in between:
+        if terms.cluster_id != cluster_id or terms.node is not None:
+            raise TrustError(
+                f"the controller's certificate was issued by {terms.subject!r} of cluster {terms.cluster_id!r}, "
+                f"expected an issuing CA of {cluster_id!r}",
+                hint="this SE belongs to another cluster; check the controller address",
+                code=CODE_CLUSTER,
+            )
+        if terms.key_id in revoked_keys:
+            raise TrustError(
+                f"the issuing CA {terms.subject!r} was revoked",
+                hint="on the controller: `appliance controller issuing-ca renew`",
+                code=CODE_REVOKED,
+            )
+    issuing = between[:-1] if between and between[-1].is_self_issued else between
+    if len(issuing) > 1 or any(terms.is_self_issued or terms.path_length != 0 for terms in issuing):
+        raise TrustError(
+            "the controller's certificate chain is none that a cluster makes: at most one issuing CA (path length 0) "
+            "may stand below the root",
+            hint="issue the node's certificate from the root or its issuing CA",
+            code=CODE_WRONG_ROOT,
+        )
 
 
 def check_validity(chain_der: Sequence[bytes], *, now: float) -> None:

@@ -2,21 +2,22 @@
 
 The rules of a trust document, in this order:
 
-    1. the envelope's type is that of a trust document, and one of the anchors signed it
+    1. the envelope's type is that of a trust document, and one of the anchors signed it itself
        (the roots of the current document, or the seed's root where there is none)
     2. the body is strict JSON of the document's shape
     3. its cluster is the one the anchors name, and that of the current document
     4. each root in it is one CA certificate (P-256) of that cluster
     5. each key, address and number in it has its one form, so that files can be written of them
 
-Whether a good document takes the place of the current one (rollback) is `protocol.trust.replaces`. Whether a receipt
+Receipts and audit heads may be signed by an issuing CA in a root's name (`pki.envelope`). Whether a good document
+takes the place of the current one (rollback) is `protocol.trust.replaces`. Whether a receipt
 still counts is the registry's.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Final
 
 from appliance.errors import TrustError, UsageError
@@ -74,14 +75,16 @@ def verify_trust(envelope: Envelope, *, anchors: Sequence[str], current: TrustDo
     return document
 
 
-def verify_receipt(envelope: Envelope, anchors: Sequence[str]) -> Receipt:
+def verify_receipt(envelope: Envelope, anchors: Sequence[str], revoked: Collection[str] = ()) -> Receipt:
     """Returns the receipt in `envelope` where one of `anchors` (PEM roots) signed it for their own cluster.
+
+    An issuing CA counts as its root, unless its key id is `revoked`.
 
     Raises:
         TrustError: signature, type, cluster or form.
         MalformedError: the body is no receipt.
     """
-    body = verify_envelope(envelope, RECEIPT_TYPE, anchors)
+    body = verify_envelope(envelope, RECEIPT_TYPE, anchors, by_issuing=True, revoked=revoked)
     receipt = strict_json.decode(body, Receipt, max_bytes=MAX_RECEIPT_BYTES)
     _check_cluster("receipt", receipt.cluster_id, anchors)
     if not is_se_id(receipt.se_id):
@@ -93,14 +96,16 @@ def verify_receipt(envelope: Envelope, anchors: Sequence[str]) -> Receipt:
     return receipt
 
 
-def verify_audit_head(envelope: Envelope, anchors: Sequence[str]) -> AuditHead:
+def verify_audit_head(envelope: Envelope, anchors: Sequence[str], revoked: Collection[str] = ()) -> AuditHead:
     """Returns the audit head in `envelope` where one of `anchors` (PEM roots) signed it for their own cluster.
+
+    An issuing CA counts as its root, unless its key id is `revoked`.
 
     Raises:
         TrustError: signature, type, cluster or form.
         MalformedError: the body is no audit head.
     """
-    body = verify_envelope(envelope, AUDIT_HEAD_TYPE, anchors)
+    body = verify_envelope(envelope, AUDIT_HEAD_TYPE, anchors, by_issuing=True, revoked=revoked)
     head = strict_json.decode(body, AuditHead, max_bytes=MAX_HEAD_BYTES)
     _check_cluster("audit head", head.cluster_id, anchors)
     if not 1 <= head.node <= MAX_NODE_NUMBER or head.epoch < 0 or head.sequence < 0 or not _DIGEST.fullmatch(head.hash):

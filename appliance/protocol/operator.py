@@ -28,8 +28,12 @@
     POST /v1/recovery/begin|end              RecoveryView             body: Reasoned
     POST /v1/recovery/approve                ReceiptsApproved         body: Reasoned
     GET  /v1/rotations                       list[RotationView]
-    POST /v1/rotations/{kind}/begin          RotationView             body: Reasoned; also abort, forget
-    POST /v1/rotations/{kind}/finish         RotationView             body: Finish
+    POST /v1/rotations/{kind}/begin|abort    RotationView             body: Unlocking
+    POST /v1/rotations/{kind}/finish         RotationView             body: Forced
+    POST /v1/rotations/{kind}/forget         RotationView             body: Reasoned
+    POST /v1/passphrase/set|change           ControllerView           body: NewPassphrase
+    POST /v1/passphrase/remove               ControllerView           body: Forced
+    POST /v1/issuing-ca/renew                ControllerView           body: IssuingRenewal
     POST /v1/drain                           Drained                  stop admitting, used by mode set and stop
     GET  /v1/openapi.json                    OpenAPI 3.1
 
@@ -38,7 +42,7 @@ Errors are problem documents (protocol.problem). Times are seconds since 1970.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -53,6 +57,37 @@ class Reasoned(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     reason: str = ""
 
 
+class Unlocking(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What needs the root key; its passphrase where it has one. It is never shown."""
+
+    passphrase: str = ""
+    reason: str = ""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(<redacted>)"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        return [("passphrase", "<redacted>")]
+
+
+class Forced(Unlocking, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is refused without `force` where something speaks against it."""
+
+    force: bool = False
+
+
+class NewPassphrase(Unlocking, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A passphrase in place of the present one, or of none."""
+
+    new: str
+
+
+class IssuingRenewal(Unlocking, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A new issuing CA; with `revoke`, SEs refuse what the present one signed."""
+
+    revoke: bool = False
+
+
 class ControllerView(msgspec.Struct, kw_only=True):
     """This controller."""
 
@@ -62,6 +97,11 @@ class ControllerView(msgspec.Struct, kw_only=True):
     version: str
     root_fingerprint: str
     root_expires_at: int
+    root_is_locked: bool = False
+    """Whether the root key has a passphrase."""
+    issuing_fingerprint: str = ""
+    """Of the issuing CA's certificate, empty where there is none."""
+    issuing_expires_at: int = 0
     node_certificate_expires_at: int
     trust_version: int
     addresses: list[str]
@@ -351,7 +391,7 @@ class RotationView(msgspec.Struct, kw_only=True):
     kind: str
     """`ca`, `host-key` or `login-key`."""
     phase: str
-    """`none`, `announced` or `switching`."""
+    """`none` or `announced`."""
     version: int
     """Version of the trust document that announced it."""
     began_at: float
@@ -359,13 +399,8 @@ class RotationView(msgspec.Struct, kw_only=True):
     """Names of SEs that have not seen that version."""
     former_kept: bool
     """Whether the former root's key still signs trust documents."""
-
-
-class Finish(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Lets a successor take over; `force` also where SEs have not seen it."""
-
-    force: bool = False
-    reason: str = ""
+    backup_due: bool = False
+    """Whether no backup was taken since this change began, without which a restore brings no SE back after it."""
 
 
 class Drained(msgspec.Struct, kw_only=True):

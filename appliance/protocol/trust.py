@@ -21,11 +21,13 @@ AUDIT_HEAD_TYPE = "application/vnd.appliance.audit-head+json"
 MAX_TRUST_BYTES = 256 * 1024
 
 
-class EnvelopeSignature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class EnvelopeSignature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One signature: key id (SHA-256 of the SubjectPublicKeyInfo, hex) and base64 signature."""
 
     keyid: str
     sig: str
+    cert: str = ""
+    """PEM certificate of an issuing CA that signed in its root's name; empty, and left out, where a root signed."""
 
 
 class Envelope(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"payload_type": "payloadType"}):

@@ -391,7 +391,8 @@ class Enrollment:
         if grant.address != se_address(grant.number):
             raise TrustError(f"grant with address {grant.address!r} for SE number {grant.number}")
         document = verify_trust(grant.trust, anchors=current.roots, current=current)
-        receipt = verify_receipt(grant.receipt, list(dict.fromkeys([*current.roots, *document.roots])))
+        roots = list(dict.fromkeys([*current.roots, *document.roots]))
+        receipt = verify_receipt(grant.receipt, roots, document.revoked_node_keys)
         expected = (record.se_id, self._state.identity.thumbprint, grant.number)
         if (receipt.se_id, receipt.thumbprint, receipt.number) != expected:
             raise TrustError("the grant's receipt is for another SE, key or number")

@@ -168,7 +168,7 @@ class Conversation:
             ) from None
         self._chain = tls.peer_chain(secured)
         peer = tls.check_peer(
-            self._chain[0],
+            self._chain,
             cluster_id=self._trust.cluster_id,
             revoked_node_keys=self._trust.revoked_node_keys,
         )

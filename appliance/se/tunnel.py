@@ -363,7 +363,8 @@ class Link:
         if envelope is None:
             return None
         try:
-            receipt = verify_receipt(envelope, self._caller.beliefs.current.roots)
+            current = self._caller.beliefs.current
+            receipt = verify_receipt(envelope, current.roots, current.revoked_node_keys)
         except ApplianceError as error:
             self._log.warning("the receipt for this SE's key is not kept: %s", error.message)
             return None

@@ -61,7 +61,8 @@ class Witness:
     def keep(self, envelope: Envelope) -> None:
         """Keeps a head where it is the newest; what goes wrong is told and costs no link."""
         try:
-            head = verify_audit_head(envelope, self._beliefs.current.roots)
+            current = self._beliefs.current
+            head = verify_audit_head(envelope, current.roots, current.revoked_node_keys)
             with self._lock:
                 self._keep(head, envelope)
         except ApplianceError as error:

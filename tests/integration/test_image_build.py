@@ -301,9 +301,9 @@ def test_a_private_key_on_the_disk_is_found(tmp_path: Path, baker: Baker, cluste
     baker.build(base, "--name", "edge", "--output-format", "raw")
     image = baker.out / "edge.raw"
     for name, pem, told in (
-        ("root", cluster.authority.key_pem(None).reveal(), "a root CA's"),
+        ("root", cluster.authority.key_file().reveal(), "a root CA's"),
         ("node", cluster.host_key.reveal(), "the SSH host key of node 1"),
-        ("other", Cluster().authority.key_pem(None).reveal(), "a private key (PKCS #8)"),
+        ("other", Cluster().authority.key_file().reveal(), "a private key (PKCS #8)"),
     ):
         changed = tmp_path / name
         content = bytearray(image.read_bytes())
@@ -319,7 +319,7 @@ def test_a_private_key_on_the_disk_is_found(tmp_path: Path, baker: Baker, cluste
 
 
 def test_a_system_with_a_key_of_the_cluster_is_refused(tmp_path: Path, baker: Baker, cluster: Cluster) -> None:
-    base = make_system(tmp_path / "base.qcow2", content=LIBC + cluster.authority.key_pem(None).reveal())
+    base = make_system(tmp_path / "base.qcow2", content=LIBC + cluster.authority.key_file().reveal())
     assert "a root CA's" in baker.refused(base)
 
 
@@ -636,7 +636,7 @@ def _another_key(directory: Path) -> Path:
 def test_a_key_in_a_hook_is_refused(tmp_path: Path, baker: Baker, cluster: Cluster) -> None:
     base = make_system(tmp_path / "base.qcow2")
     hook = tmp_path / "hook.sh"
-    hook.write_bytes(b"#!/bin/sh\ncat <<E\n" + cluster.authority.key_pem(None).reveal() + b"E\n")
+    hook.write_bytes(b"#!/bin/sh\ncat <<E\n" + cluster.authority.key_file().reveal() + b"E\n")
     told = baker.refused(base, "--hook", hook)
     assert "hook hook.sh holds a private key" in told
-    assert cluster.authority.key_pem(None).reveal().splitlines()[1].decode() not in told
+    assert cluster.authority.key_file().reveal().splitlines()[1].decode() not in told

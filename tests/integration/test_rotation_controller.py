@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import json
 import shutil
 import ssl
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from rig import RunningController, linked, machine, running, until_async
 
-from appliance.errors import TrustError, UnreachableError, UsageError
+from appliance.controller.material import Files, Material
+from appliance.controller.rotation import Kind, Rotation, make_root, resume_files
+from appliance.controller.trust import Publication
+from appliance.errors import (
+    PassphraseError,
+    TooSoonError,
+    TrustError,
+    UnreachableError,
+    UsageError,
+    WrongPassphraseError,
+)
+from appliance.pki import sealed, tls
+from appliance.pki.authority import Authority
+from appliance.pki.secret import Secret
 from appliance.protocol.trust import TrustDocument
 
 
@@ -122,83 +138,221 @@ def test_an_aborted_change_leaves_the_old_one_alone(tmp_path: Path) -> None:
         asyncio.run(go())
 
 
-CUT = """
-import os, sys, time
+CUTTER = """
+import asyncio, contextlib, json, os, shutil, sys, time
 from pathlib import Path
 from appliance.controller import rotation
 from appliance.controller.material import Files, Material
 from appliance.controller.trust import Publication
-from appliance.storage import atomic
+from appliance.controller.vault import Vault
+from appliance.pki import sealed
+from appliance.pki.secret import Secret
 
-root, kind, verb, cut = Path(sys.argv[1]), rotation.Kind(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-files = Files(root / "var/lib/appliance/controller")
-rotation.resume_files(files)
-material = Material(files)
-publication = Publication(material, on_publish=lambda _: None, wall=time.time)
-change = rotation.Rotation(material, publication, waiting=lambda _: [], on_switch=lambda _: None, wall=time.time)
-left = cut
-real = os.replace, os.rename
+origin, folder, kind, verb, word, other = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
+sealed.SCRYPT_LOG2_N = 4
+secret = Secret(word.encode()) if word else None
 
-def counting(which):
-    def step(*args, **more):
-        global left
-        left -= 1
-        if left < 0:
-            os._exit(9)
-        return which(*args, **more)
-    return step
+def prepared(state):
+    files = Files(state)
+    rotation.resume_files(files)
+    material = Material(files)
+    publication = Publication(material, on_publish=lambda _: None, wall=time.time)
+    if kind == "passphrase":
+        vault = Vault(material, publication, on_switch=lambda: None, wall=time.time, monotonic=time.monotonic)
+        acts = {
+            "set": lambda: vault.set(secret),
+            "change": lambda: vault.change(secret, Secret(other.encode())),
+            "remove": lambda: vault.remove(secret),
+            "renew": lambda: vault.renew_issuing(secret, revoke=True),
+        }
+        return lambda: asyncio.run(acts[verb]())
+    change = rotation.Rotation(material, publication, waiting=lambda _: [], on_switch=lambda _: None, wall=time.time)
+    change.resume()
+    made = []
+    if (kind, verb) == ("ca", "begin"):
+        made = [rotation.make_root(material.cluster.cluster_id, now=int(time.time()), passphrase=secret)]
+    opened = material.unlock(secret) if secret else None
 
-os.replace, os.rename = map(counting, real)
-unlink = os.unlink
-os.unlink = counting(unlink)
-change.resume()
-getattr(change, verb)(kind)
+    def act():
+        with material.unlocked(opened) if opened else contextlib.nullcontext():
+            getattr(change, verb)(rotation.Kind(kind), *made)
+
+    return act
+
+def run_cut(state, number):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            act, calls = prepared(state), 0
+            def counting(which):
+                def step(*args, **more):
+                    nonlocal calls
+                    calls += 1
+                    if calls > number:
+                        os._exit(9)
+                    return which(*args, **more)
+                return step
+            for name in ("replace", "rename", "unlink"):
+                setattr(os, name, counting(getattr(os, name)))
+            act()
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+for number in range(100):
+    state = folder / str(number)
+    shutil.copytree(origin, state)
+    code = run_cut(state, number)
+    if code == 0:
+        break
+    assert code == 9, code
+print(json.dumps(number))
 """
+"""Carries a change out on copies of a state, cut before the first rename or unlink, before the second, and so on."""
+
+WORD, OTHER = "correct horse battery", "another horse battery"
 
 
+def cut_everywhere(origin: Path, folder: Path, kind: str, verb: str, word: str) -> list[Path]:
+    """Returns the states, in the order of the cuts; the last one wasn't cut."""
+    folder.mkdir()
+    line = [sys.executable, "-c", CUTTER, str(origin), str(folder), kind, verb, word, OTHER]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return [folder / str(number) for number in range(json.loads(done.stdout) + 1)]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passphrases are tried often, in this process and in the cutter alone."""
+    monkeypatch.setattr(sealed, "SCRYPT_LOG2_N", 4)
+
+
+def started(state: Path, word: str) -> tuple[Material, Rotation]:
+    """What the daemon does with a state before it serves anybody; nobody tells it a passphrase."""
+    files = Files(state)
+    resume_files(files)
+    material = Material(files)
+    publication = Publication(material, on_publish=lambda _: None, wall=time.time)
+    change = Rotation(material, publication, waiting=lambda _: [], on_switch=lambda _: None, wall=time.time)
+    if material.renewal_due(time.time()):
+        material.renew_node_certificate(int(time.time()))
+    tls.server_context(files.node_certificate, files.node_key)
+    change.resume()
+    assert material.authority.is_locked is (material.issuing is not None) is files.issuing_key.exists() is bool(word)
+    left = {path.name for path in state.iterdir()}
+    assert not [name for name in left if name.startswith(("staged-", "gone-", "switching"))]
+    return material, change
+
+
+def opened(material: Material, secret: Secret | None) -> contextlib.AbstractContextManager[None]:
+    return material.unlocked(material.unlock(secret)) if secret else contextlib.nullcontext()
+
+
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
-    "kind",
-    ["ca", pytest.param("host-key", marks=pytest.mark.slow), pytest.param("login-key", marks=pytest.mark.slow)],
+    ("kind", "word"),
+    [
+        pytest.param("ca", WORD, id="ca-locked"),
+        pytest.param("host-key", "", id="host-key-open"),
+        *(
+            pytest.param(kind, word, id=f"{kind}-{'locked' if word else 'open'}", marks=pytest.mark.slow)
+            for kind, word in (("ca", ""), ("host-key", WORD), ("login-key", ""), ("login-key", WORD))
+        ),
+    ],
 )
-def test_a_power_cut_at_any_step_is_finished_by_the_next_start(tmp_path: Path, kind: str) -> None:
-    """Each rename and unlink is a step; after each cut the daemon starts, and the change can be brought to its end."""
+def test_a_power_cut_at_any_step_is_finished_or_taken_back_by_the_next_start(
+    tmp_path: Path, kind: str, word: str
+) -> None:
+    """Each rename and unlink is a step; after each cut the change can be brought to its end."""
+    state = RunningController(tmp_path / "root", passphrase=word).paths.controller_state
+    steps, secret = 0, Secret(word.encode()) if word else None
+    for verb in ("begin", "abort", "finish"):
+        cuts = cut_everywhere(state, tmp_path / verb, kind, verb, word)
+        if verb == "begin":
+            state = shutil.copytree(cuts[-1], tmp_path / "announced")
+        for number, cut in enumerate(cuts):
+            material, change = started(cut, word)
+            phase = change.view(Kind(kind)).phase
+            is_last = number == len(cuts) - 1
+            assert phase in ({"announced" if verb == "begin" else "none"} if is_last else {"none", "announced"})
+            if phase == "none":
+                root = make_root(material.cluster.cluster_id, now=int(time.time()), passphrase=secret)
+                with opened(material, secret):
+                    change.begin(Kind(kind), root if kind == "ca" else None)
+            with opened(material, secret):
+                change.finish(Kind(kind))
+            material, change = started(cut, word)
+            assert change.view(Kind(kind)).phase == "none"
+            assert not [path.name for path in cut.iterdir() if path.name.startswith("next-")]
+        steps += len(cuts)
+    assert steps > 15
+
+
+@pytest.mark.parametrize("kind", ["ca", pytest.param("host-key", marks=pytest.mark.slow)])
+def test_a_controller_that_was_cut_in_a_change_serves_again(tmp_path: Path, kind: str) -> None:
+    """The daemon itself, where some of the cuts left it."""
     controller = RunningController(tmp_path / "root")
-    for verb in ("begin", "finish"):
-        before = tmp_path / f"before-{verb}"
-        shutil.copytree(controller.paths.state, before)
-        for cut in range(40):
-            shutil.rmtree(controller.paths.state)
-            shutil.copytree(before, controller.paths.state)
-            ended = step(controller, kind, verb, cut)
-            try:
-                controller.start()
-                phases = {view.kind: view.phase for view in controller.operator.rotations()}
-                assert phases[kind] in {"none", "announced"}
-                if phases[kind] == "announced":
-                    controller.operator.rotate(kind, "finish", force=True)
+    state, announced = controller.paths.controller_state, tmp_path / "announced"
+    shutil.copytree(cut_everywhere(state, tmp_path / "begin", kind, "begin", "")[-1], announced)
+    cuts = cut_everywhere(announced, tmp_path / "finish", kind, "finish", "")
+    for cut in cuts[1 :: max(1, len(cuts) // 3)]:
+        shutil.rmtree(state)
+        shutil.copytree(cut, state)
+        try:
+            controller.start()
+            view = next(view for view in controller.operator.rotations() if view.kind == kind)
+            if view.phase == "announced":
+                controller.operator.rotate(kind, "finish", force=True)
 
-                async def comes_up(controller: RunningController = controller) -> None:
-                    async with machine() as stand:
-                        await linked(stand, controller, "after-the-cut")
+            async def comes_up() -> None:
+                async with machine() as stand:
+                    await linked(stand, controller, "after-the-cut")
 
-                asyncio.run(comes_up())
-            finally:
-                controller.end()
-            if ended == 0:
-                break
-            assert ended == 9
-        else:
-            pytest.fail("the change never came to its end")
-        shutil.rmtree(controller.paths.state)
-        shutil.copytree(before, controller.paths.state)
-        assert step(controller, kind, verb, 999) == 0
+            asyncio.run(comes_up())
+        finally:
+            controller.end()
 
 
-def step(controller: RunningController, kind: str, verb: str, cut: int) -> int:
-    line = [sys.executable, "-c", CUT, str(controller.root), kind, verb, str(cut)]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=60)
-    assert done.returncode in {0, 9}, done.stderr
-    return done.returncode
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("verb", ["set", "change", "remove", "renew"])
+def test_a_power_cut_at_any_step_of_a_passphrase_leaves_one_of_two_states(tmp_path: Path, verb: str) -> None:
+    """After each cut the controller is before or after the change, and needs no passphrase to find out."""
+    was, will = {"set": ("", WORD), "change": (WORD, OTHER), "remove": (WORD, ""), "renew": (WORD, WORD)}[verb]
+    state = RunningController(tmp_path / "root", passphrase=was).paths.controller_state
+    # A change of root under way, so that there are two root keys.
+    state = cut_everywhere(state, tmp_path / "begin", "ca", "begin", was)[-1]
+    before = Material(Files(state))
+    cuts = cut_everywhere(state, tmp_path / "cuts", "passphrase", verb, was or will)
+    words = []
+    for cut in cuts:
+        files = Files(cut)
+        resume_files(files)
+        found = Material(files)
+        assert found.successor is not None
+        opened_by = {opens(root) for root in (found.authority, found.successor)}
+        assert len(opened_by) == 1, "two keys under two passphrases"
+        words.append(opened_by.pop())
+        started(cut, words[-1])
+        if verb == "renew" and before.issuing is not None and found.issuing is not None:
+            is_new = found.issuing.key_id != before.issuing.key_id
+            assert (before.issuing.key_id in found.trust.revoked_node_keys) is is_new
+    assert words == sorted(words, key=lambda word: word == will if was != will else 0)
+    assert (words[0], words[-1]) == (was, will)
+    assert len(cuts) > 6
+
+
+def opens(root: Authority) -> str:
+    """What opens a root's key."""
+    if not root.is_locked:
+        return ""
+    for word in (WORD, OTHER):
+        with contextlib.suppress(WrongPassphraseError):
+            root.unlock(Secret(word.encode()))
+            return word
+    pytest.fail("neither the former nor the new passphrase opens it")
 
 
 def test_a_link_with_the_old_host_key_alone_is_refused_after_the_switch(tmp_path: Path) -> None:
@@ -214,5 +368,104 @@ def test_a_link_with_the_old_host_key_alone_is_refused_after_the_switch(tmp_path
                     await se.link()
                 await se.refresh()
                 await se.link()
+
+        asyncio.run(go())
+
+
+# ------------------------------------------------------------------------------------- passphrase and issuing CA
+
+
+def test_a_passphrase_under_a_live_link(tmp_path: Path) -> None:
+    """Set, used, changed, the issuing CA renewed and revoked, a restart in between; the links know nothing of it."""
+    with running(tmp_path / "root", settings={"heartbeat_interval_s": 0.5}) as controller:
+        operator = controller.operator
+        plain = (controller.paths.controller_state / "root-ca.key").read_bytes()
+
+        async def go() -> None:
+            async with machine() as stand:
+                se = await linked(stand, controller, "awake")
+                view = await asyncio.to_thread(operator.set_passphrase, WORD, reason="test")
+                assert view.root_is_locked
+                assert plain not in (controller.paths.controller_state / "root-ca.key").read_bytes()
+                await se.beat()
+                await linked(stand, controller, "by-issuing")
+                await se.refresh()
+
+                # Whatever signs a trust document needs it; a wrong one is told, and changes nothing.
+                with pytest.raises(PassphraseError, match="its passphrase is needed"):
+                    await asyncio.to_thread(operator.rotate, "login-key", "begin")
+                with pytest.raises(WrongPassphraseError, match="passphrase is wrong"):
+                    await asyncio.to_thread(operator.rotate, "login-key", "begin", passphrase=f"in{WORD}")
+                with pytest.raises(PassphraseError, match="wrong passphrase came before"):
+                    await asyncio.to_thread(operator.rotate, "login-key", "begin", passphrase=WORD)
+                assert all(entry.phase == "none" for entry in operator.rotations())
+                await until_async(lambda: is_taken(controller), what="a passphrase is looked at again")
+                await asyncio.to_thread(operator.rotate, "login-key", "finish", force=True, passphrase=WORD)
+                await se.beat()
+
+                # A start doesn't need it.
+                se.close()
+                controller.kill()
+                await asyncio.to_thread(controller.start)
+                await se.link()
+                await se.beat()
+
+                before = operator.controller().issuing_fingerprint
+                view = await asyncio.to_thread(operator.renew_issuing, WORD, revoke=True, reason="test")
+                assert view.issuing_fingerprint not in {before, ""}
+                await se.beat()
+                await se.refresh()
+                assert len(se.trust.revoked_node_keys) == 1  # type: ignore[union-attr]
+                await asyncio.to_thread(operator.change_passphrase, WORD, "another horse battery", reason="")
+                with pytest.raises(UsageError, match="whoever reads this disk has the root key"):
+                    await asyncio.to_thread(operator.remove_passphrase, WORD, force=False, reason="")
+                await asyncio.to_thread(operator.remove_passphrase, "another horse battery", reason="")
+                await se.beat()
+                await linked(stand, controller, "by-the-root-again")
+
+        asyncio.run(go())
+        assert operator.verify_audit().intact
+        actions = [entry.action for entry in operator.audit()]
+        assert [action for action in actions if action.startswith(("passphrase.", "issuing-ca."))] == [
+            "passphrase.set", "passphrase.wrong", "issuing-ca.revoked", "passphrase.changed", "passphrase.removed",
+        ]  # fmt: skip
+        told = controller.log.read_text() + repr(operator.audit()) + repr(operator.events())
+        assert WORD not in told
+        assert "another horse" not in told
+
+
+def is_taken(controller: RunningController) -> bool:
+    """Whether the wait after a wrong passphrase is over; a change of the log-in key is announced then."""
+    try:
+        return controller.operator.rotate("login-key", "begin", passphrase=WORD).phase == "announced"
+    except TooSoonError:
+        return False
+
+
+def test_a_change_of_root_under_a_passphrase_takes_sleepers_and_old_images_along(tmp_path: Path) -> None:
+    with running(tmp_path / "root", passphrase=WORD) as controller:
+        operator, bundle = controller.operator, controller.bundle
+
+        async def go() -> None:
+            async with machine() as stand:
+                se = await linked(stand, controller, "asleep")
+                se.close()
+                await asyncio.to_thread(operator.rotate, "ca", "begin", passphrase=WORD)
+                assert any("no backup was taken" in text for text in operator.status().problems)
+                out = tmp_path / "controller.backup"
+                controller.command(
+                    "controller", "backup", "--out", str(out), "--passphrase-file", "-", said="a passphrase of its own"
+                )
+                await asyncio.to_thread(operator.rotate, "ca", "finish", force=True, passphrase=WORD)
+                assert not any("no backup was taken" in text for text in operator.status().problems)
+                assert operator.controller().root_is_locked
+                await asyncio.to_thread(operator.renew_issuing, WORD, reason="")
+                # It trusts the old root alone, and never saw this issuing CA.
+                await se.refresh()
+                assert len(se.trust.roots) == 1  # type: ignore[union-attr]
+                await se.link()
+                late = stand.se(bundle, "old-image")
+                await late.enroll()
+                await late.link()
 
         asyncio.run(go())

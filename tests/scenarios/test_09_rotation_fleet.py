@@ -1,4 +1,5 @@
-"""09: certificates, host key, log-in key, root and SE keys change under a hundred links, and no heartbeat is lost."""
+"""09: certificates, host key, log-in key, root, passphrase, issuing CA and SE keys change under a hundred links, and
+no heartbeat is lost."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from rig import running, until
 from appliance.lab.fleet import Fleet
 
 SES = 100
+WORD, OTHER = "correct horse battery", "another horse battery"
 
 
 def test_no_heartbeat_is_lost_while_everything_changes_under_a_hundred_links(tmp_path: Path) -> None:
@@ -23,10 +25,14 @@ def test_no_heartbeat_is_lost_while_everything_changes_under_a_hundred_links(tmp
         def change_everything(fleet: Fleet) -> None:
             until(up, what="all are UP", deadline_s=60)
             controller.signal(signal.SIGHUP)
+            assert operator.set_passphrase(WORD, reason="test").root_is_locked
+            issuing = operator.controller().issuing_fingerprint
             for kind in ("login-key", "host-key", "ca"):
-                operator.rotate(kind, "begin")
+                operator.rotate(kind, "begin", passphrase=WORD)
                 until(lambda kind=kind: not waiting(kind), what=f"all know the next {kind}", deadline_s=20)
-                assert operator.rotate(kind, "finish").phase == "none"
+                assert operator.rotate(kind, "finish", passphrase=WORD).phase == "none"
+            operator.change_passphrase(WORD, OTHER, reason="test")
+            assert operator.renew_issuing(OTHER, revoke=True, reason="test").issuing_fingerprint != issuing
             operator.revoke_image_key(operator.image_keys()[0].image_key_id, reason="test")
             keys = {summary.se_id: operator.se(summary.se_id).thumbprint for summary in operator.ses()[:10]}
             for se_id in keys:

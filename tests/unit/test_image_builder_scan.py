@@ -65,7 +65,7 @@ def test_keys_of_the_cluster_are_named_and_never_allowed(tmp_path: Path) -> None
     cluster = Cluster()
     document = cluster.document(login_keys=[ssh_keys.generate()[1]])
     owners = private_keys.of_cluster(cluster.authority.certificate_pem.decode(), document)
-    root, host = cluster.authority.key_pem(None).reveal(), cluster.host_key.reveal()
+    root, host = cluster.authority.key_file().reveal(), cluster.host_key.reveal()
     found = notes(tmp_path, root, host)
     problems = private_keys.problems(
         found, cluster=owners, image_key=cluster.image_key_id, known={key.digest for key, _ in found}

@@ -14,9 +14,9 @@ from forgery import CLIENT_AUTH, DAY_S, NOW, forge
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appliance.errors import TrustError, UsageError
-from appliance.pki import certificate
-from appliance.pki.authority import Authority, certificate_terms
+from appliance.errors import PassphraseError, TrustError, UsageError, WrongPassphraseError
+from appliance.pki import certificate, sealed
+from appliance.pki.authority import KEY_MAGIC, Authority, Issuer, certificate_terms
 from appliance.pki.secret import Secret
 from appliance.protocol.trust import TRUST_TYPE
 
@@ -123,26 +123,151 @@ def test_a_root_can_be_made_in_1970_and_in_2099(now: int) -> None:
     authority.issue_node(node=1, addresses=[], now=now)
 
 
-@pytest.mark.parametrize("passphrase", [None, Secret(b"correct horse")])
-def test_a_root_survives_its_files(passphrase: Secret | None) -> None:
-    pem = AUTHORITY.key_pem(passphrase)
-    assert (b"ENCRYPTED" in pem.reveal()) is (passphrase is not None)
-    again = Authority.load(AUTHORITY.certificate_pem, pem.reveal(), passphrase)
+def test_a_root_survives_its_files() -> None:
+    again = Authority.load(AUTHORITY.certificate_pem, AUTHORITY.key_file().reveal())
+    assert not again.is_locked
+    assert again.unlock(Secret(b"not needed")) is again
+    again.check_open()
     assert again.fingerprint == AUTHORITY.fingerprint
     node = certificate.load_pem(again.issue_node(node=1, addresses=[], now=NOW).certificate_pem)
     node.verify_directly_issued_by(certificate.load_pem(AUTHORITY.certificate_pem))
 
 
-@pytest.mark.parametrize(
-    ("stored", "given_"),
-    [(Secret(b"right"), None), (Secret(b"right"), Secret(b"wrong")), (None, Secret(b"needless"))],
-)
-def test_the_passphrase_must_be_the_one(stored: Secret | None, given_: Secret | None) -> None:
-    with pytest.raises(TrustError, match="passphrase is missing, wrong or not needed"):
-        Authority.load(AUTHORITY.certificate_pem, AUTHORITY.key_pem(stored).reveal(), given_)
+# A root key under a passphrase.
+
+PASSPHRASE = Secret(b"correct horse battery")
 
 
-@pytest.mark.parametrize("pem", [b"", b"garbage", AUTHORITY.key_pem().reveal()[:60]])
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The passphrase is tried often here."""
+    monkeypatch.setattr(sealed, "SCRYPT_LOG2_N", 4)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_locked_root_says_who_it_is_and_signs_nothing() -> None:
+    text = AUTHORITY.key_file(PASSPHRASE).reveal()
+    assert b"PRIVATE KEY" not in text
+    assert _raw_key(AUTHORITY) not in text
+    locked = Authority.load(AUTHORITY.certificate_pem, text)
+    assert locked.is_locked
+    assert (locked.cluster_id, locked.fingerprint) == (AUTHORITY.cluster_id, AUTHORITY.fingerprint)
+    other = Authority.create("c-1", now=NOW)
+    for act in (
+        locked.check_open,
+        lambda: locked.issue_node(node=1, addresses=[], now=NOW),
+        lambda: locked.issue_issuing(now=NOW),
+        lambda: locked.sign(TRUST_TYPE, b"x"),
+        lambda: locked.cross_sign(other, now=NOW),
+        lambda: other.cross_sign(locked, now=NOW),
+        locked.key_file,
+    ):
+        with pytest.raises(PassphraseError, match="is locked: its passphrase is needed") as caught:
+            act()
+        assert caught.value.code == "TRUST-010"
+    opened = locked.unlock(PASSPHRASE)
+    assert not opened.is_locked
+    assert opened.key_file() == AUTHORITY.key_file()
+    assert locked.is_locked
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_wrong_passphrase_opens_no_root() -> None:
+    locked = Authority.load(AUTHORITY.certificate_pem, AUTHORITY.key_file(PASSPHRASE).reveal())
+    with pytest.raises(WrongPassphraseError, match="the passphrase is wrong, or the root key's file was changed"):
+        locked.unlock(Secret(b"correct horse batterz"))
+    with pytest.raises(UsageError, match="shorter than"):
+        AUTHORITY.key_file(Secret(b"short"))
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_sealed_key_of_another_root_is_found_without_opening_it() -> None:
+    other = Authority.create("c-1", now=NOW)
+    with pytest.raises(TrustError, match="is another root's"):
+        Authority.load(AUTHORITY.certificate_pem, other.key_file(PASSPHRASE).reveal())
+    # One that only says that it is ours is found when it is opened.
+    about = {"key_id": AUTHORITY.key_id}
+    lie = sealed.seal(other.key_file().reveal(), PASSPHRASE, magic=KEY_MAGIC, about=about)
+    with pytest.raises(TrustError, match="don't belong together"):
+        Authority.load(AUTHORITY.certificate_pem, lie).unlock(PASSPHRASE)
+    with pytest.raises(TrustError, match="header is damaged"):
+        Authority.load(AUTHORITY.certificate_pem, KEY_MAGIC + b"\nnonsense\n")
+
+
+def test_guessing_a_passphrase_is_slow() -> None:
+    """scrypt with 128 MiB: PKCS #8 as cryptography writes it would be 2,048 rounds of PBKDF2."""
+    assert 128 * 8 << sealed.SCRYPT_LOG2_N == 128 << 20
+
+
+def _raw_key(authority: Authority) -> bytes:
+    key = serialization.load_pem_private_key(authority.key_file().reveal(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    return key.private_numbers().private_value.to_bytes(32, "big")
+
+
+# The issuing CA.
+
+
+def test_an_issuing_ca_signs_nodes_in_its_roots_name_and_no_other_ca() -> None:
+    made = AUTHORITY.issue_issuing(now=NOW)
+    issuing = Issuer.load(made.certificate_pem, made.key.reveal())
+    certificate.load_pem(made.certificate_pem).verify_directly_issued_by(
+        certificate.load_pem(AUTHORITY.certificate_pem)
+    )
+    terms = certificate_terms(made.certificate_pem)
+    assert (terms.cluster_id, terms.node, terms.is_authority, terms.path_length) == ("c-1", None, True, 0)
+    assert not terms.is_self_issued
+    assert not terms.serves_tls
+    assert (terms.not_before, terms.not_after) == (NOW - DAY_S, NOW + 365 * DAY_S)
+    assert issuing.expires_at == terms.not_after
+    node = issuing.issue_node(node=2, addresses=["10.0.0.1"], now=NOW)
+    assert certificate.is_issued_by(node.certificate_pem, made.certificate_pem)
+    assert not certificate.is_issued_by(node.certificate_pem, AUTHORITY.certificate_pem)
+    assert issuing.chain_pem == made.certificate_pem
+    assert AUTHORITY.chain_pem == b""
+    assert repr(issuing) == f"Issuer(c-1, {terms.fingerprint})"
+    assert not hasattr(issuing, "issue_issuing")
+
+
+def test_lives_end_with_who_signed() -> None:
+    late = AUTHORITY.issue_issuing(now=AUTHORITY.expires_at - DAY_S)
+    issuing = Issuer.load(late.certificate_pem, late.key.reveal())
+    assert issuing.expires_at == AUTHORITY.expires_at
+    made = AUTHORITY.issue_issuing(now=NOW)
+    issuing = Issuer.load(made.certificate_pem, made.key.reveal())
+    node = issuing.issue_node(node=1, addresses=[], now=issuing.expires_at - 1)
+    assert certificate_terms(node.certificate_pem).not_after == issuing.expires_at
+    with pytest.raises(TrustError, match="the issuing CA lives from"):
+        issuing.issue_node(node=1, addresses=[], now=issuing.expires_at)
+    with pytest.raises(TrustError, match="the root CA lives from"):
+        AUTHORITY.issue_issuing(now=AUTHORITY.expires_at)
+
+
+def test_the_longest_cluster_id_has_an_issuing_ca() -> None:
+    made = Authority.create("x" * 54, now=NOW).issue_issuing(now=NOW)
+    assert certificate_terms(made.certificate_pem).cluster_id == "x" * 54
+
+
+def test_a_node_or_a_stranger_is_no_issuing_ca() -> None:
+    node = AUTHORITY.issue_node(node=1, addresses=[], now=NOW)
+    with pytest.raises(TrustError, match="no CA certificate of a cluster"):
+        Issuer.load(node.certificate_pem, node.key.reveal())
+    named = forge(None, ca=True)
+    with pytest.raises(TrustError, match="no CA certificate of a cluster"):
+        Issuer.load(named.pem, named.key_pem)
+    made, other = (AUTHORITY.issue_issuing(now=NOW) for _ in range(2))
+    with pytest.raises(TrustError, match="don't belong together"):
+        Issuer.load(made.certificate_pem, other.key.reveal())
+
+
+def test_the_first_of_a_chain() -> None:
+    made = AUTHORITY.issue_issuing(now=NOW)
+    assert certificate.first_of(made.certificate_pem + AUTHORITY.certificate_pem) == made.certificate_pem
+    with pytest.raises(TrustError, match="no PEM certificate"):
+        certificate.first_of(b"garbage")
+
+
+@pytest.mark.parametrize("pem", [b"", b"garbage", AUTHORITY.key_file().reveal()[:60]])
 def test_a_damaged_root_key(pem: bytes) -> None:
     with pytest.raises(TrustError, match="can't be read"):
         Authority.load(AUTHORITY.certificate_pem, pem)
@@ -166,7 +291,7 @@ def test_a_root_key_of_another_kind(
 def test_certificate_and_key_of_two_roots() -> None:
     other = Authority.create("c-1", now=NOW)
     with pytest.raises(TrustError, match="don't belong together"):
-        Authority.load(AUTHORITY.certificate_pem, other.key_pem().reveal())
+        Authority.load(AUTHORITY.certificate_pem, other.key_file().reveal())
 
 
 @pytest.mark.parametrize(

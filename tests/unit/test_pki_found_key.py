@@ -20,7 +20,7 @@ def test_an_ed25519_key_is_known_in_both_forms() -> None:
 
 def test_a_root_is_known_by_its_certificate() -> None:
     authority = Authority.create("c-1", now=1_800_000_000)
-    mark = found_key.identify(authority.key_pem(None).reveal())
+    mark = found_key.identify(authority.key_file().reveal())
     assert mark is not None
     assert mark.key_id == certificate.certificate_terms(authority.certificate_pem).key_id
     assert mark.ssh_line == ""

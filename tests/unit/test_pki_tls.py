@@ -15,9 +15,8 @@ from cryptography.hazmat.primitives import serialization
 from forgery import CLIENT_AUTH, DAY_S, NOW, Forged, forge, root_of
 
 from appliance.errors import StorageError, TrustError
-from appliance.pki import tls
-from appliance.pki.authority import Authority, certificate_terms
-from appliance.pki.secret import Secret
+from appliance.pki import certificate, tls
+from appliance.pki.authority import Authority, Issuer, certificate_terms
 
 TIMEOUT_S = 10.0
 
@@ -83,8 +82,15 @@ def der(pem: bytes | str) -> bytes:
     return x509.load_pem_x509_certificate(raw).public_bytes(serialization.Encoding.DER)
 
 
-def check(leaf: bytes, *, revoked: tuple[str, ...] = ()) -> int | None:
-    return tls.check_peer(leaf, cluster_id="c-1", revoked_node_keys=revoked).node
+def check(*chain: bytes, revoked: tuple[str, ...] = ()) -> int | None:
+    return tls.check_peer(chain, cluster_id="c-1", revoked_node_keys=revoked).node
+
+
+def by_issuing(directory: Path, authority: Authority = OURS, *, now: int = NOW, more: bytes = b"") -> ssl.SSLContext:
+    """A node whose certificate an issuing CA signed, as a controller with a locked root shows it."""
+    made = authority.issue_issuing(now=now)
+    node = Issuer.load(made.certificate_pem, made.key.reveal()).issue_node(node=1, addresses=[], now=now)
+    return tls.server_context(*files(directory, node.certificate_pem + made.certificate_pem + more, node.key.reveal()))
 
 
 # ----------------------------------------------------------------------------------------------- handshake
@@ -96,7 +102,7 @@ def test_a_node_of_the_cluster_is_believed(tmp_path: Path) -> None:
         assert secured.selected_alpn_protocol() == "http/1.1"
         chain = tls.peer_chain(secured)
     assert chain == [der((tmp_path / "node.pem").read_bytes()), der(ROOT)]
-    assert check(chain[0]) == 1
+    assert check(*chain) == 1
     tls.check_validity(chain, now=NOW)
 
 
@@ -128,7 +134,7 @@ def test_our_root_but_another_cluster_is_refused(tmp_path: Path) -> None:
     leaf = forge(root_of(OURS), uris=("appliance://c-2/node/1",))
     chain = chain_of(forged(tmp_path, leaf))
     with pytest.raises(TrustError, match="names cluster 'c-2', expected 'c-1'") as caught:
-        check(chain[0])
+        check(*chain)
     assert caught.value.code == tls.CODE_CLUSTER
 
 
@@ -136,9 +142,9 @@ def test_a_revoked_node_key_is_refused_and_its_successor_is_not(tmp_path: Path) 
     chain = chain_of(issued(tmp_path))
     revoked = certificate_terms((tmp_path / "node.pem").read_bytes()).key_id
     with pytest.raises(TrustError, match="key of node 1 was revoked") as caught:
-        check(chain[0], revoked=("0" * 64, revoked))
+        check(*chain, revoked=("0" * 64, revoked))
     assert caught.value.code == tls.CODE_REVOKED
-    assert check(chain_of(issued(tmp_path))[0], revoked=(revoked,)) == 1
+    assert check(*chain_of(issued(tmp_path)), revoked=(revoked,)) == 1
 
 
 def test_a_certificate_for_clients_is_refused_by_the_handshake(tmp_path: Path) -> None:
@@ -154,7 +160,7 @@ def test_a_certificate_without_usage_passes_the_handshake_and_is_refused_after(t
     """OpenSSL takes no extended key usage for every usage; we don't."""
     chain = chain_of(forged(tmp_path, forge(root_of(OURS), usages=None)))
     with pytest.raises(TrustError, match="no serverAuth usage") as caught:
-        check(chain[0])
+        check(*chain)
     assert caught.value.code == tls.CODE_PURPOSE
 
 
@@ -176,20 +182,89 @@ def test_garbage_is_no_peer() -> None:
         check(b"garbage")
 
 
-def test_one_intermediate_below_a_root_of_path_length_1_is_accepted(tmp_path: Path) -> None:
-    issuing = forge(root_of(OURS), name="issuing", uris=(), usages=None, ca=True, path_length=0)
-    leaf = forge(issuing)
-    chain = chain_of(forged(tmp_path, leaf, issuing))
-    assert chain == [leaf.der, issuing.der, der(ROOT)]
-    assert check(chain[0]) == 1
+OF_CLUSTER = ("appliance://c-1",)
+
+
+def test_one_issuing_ca_below_the_root_is_accepted(tmp_path: Path) -> None:
+    chain = chain_of(by_issuing(tmp_path))
+    assert len(chain) == 3
+    assert chain[-1] == der(ROOT)
+    assert check(*chain) == 1
+    tls.check_validity(chain, now=NOW)
+    # The leaf's rules are for the leaf alone.
+    assert not certificate.terms_of(certificate.load_der(chain[1])).serves_tls
+
+
+def test_who_knows_only_the_former_root_believes_the_next_ones_issuing_ca(tmp_path: Path) -> None:
+    """leaf, issuing CA, the next root's key certified by the former: a self-issued one that no path length counts."""
+    successor = Authority.create("c-1", now=NOW)
+    server = by_issuing(tmp_path, successor, more=OURS.cross_sign(successor, now=NOW))
+    chain = chain_of(server)
+    assert len(chain) == 4
+    assert check(*chain) == 1
+    assert len(chain_of(server, successor.certificate_pem.decode())) == 3
 
 
 def test_two_intermediates_are_refused(tmp_path: Path) -> None:
-    first = forge(root_of(OURS), name="first", uris=(), usages=None, ca=True)
-    second = forge(first, name="second", uris=(), usages=None, ca=True)
+    first = forge(root_of(OURS), name="first", uris=OF_CLUSTER, usages=None, ca=True)
+    second = forge(first, name="second", uris=OF_CLUSTER, usages=None, ca=True)
     error = refusal(forged(tmp_path, forge(second), second, first))
     assert error.code == tls.CODE_WRONG_ROOT
     assert "at most one intermediate" in error.message
+
+
+def test_an_issuing_ca_that_certifies_another_is_refused(tmp_path: Path) -> None:
+    """With a name of its own OpenSSL counts it; under the issuing CA's own name only we do (RFC 5280, 4.2.1.9)."""
+    issuing = forge(root_of(OURS), name="issuing", uris=OF_CLUSTER, usages=None, ca=True, path_length=0)
+    other = forge(issuing, name="other", uris=OF_CLUSTER, usages=None, ca=True, path_length=0)
+    assert refusal(forged(tmp_path, forge(other), other, issuing)).code == tls.CODE_WRONG_ROOT
+    twin = forge(issuing, name="issuing", uris=OF_CLUSTER, usages=None, ca=True, path_length=0)
+    chain = chain_of(forged(tmp_path, forge(twin), twin, issuing))
+    assert len(chain) == 4
+    with pytest.raises(TrustError, match="at most one issuing CA") as caught:
+        check(*chain)
+    assert caught.value.code == tls.CODE_WRONG_ROOT
+
+
+@pytest.mark.parametrize("path_length", [None, 1])
+def test_an_intermediate_that_could_certify_others_is_refused(tmp_path: Path, path_length: int | None) -> None:
+    broad = forge(root_of(OURS), name="broad", uris=OF_CLUSTER, usages=None, ca=True, path_length=path_length)
+    chain = chain_of(forged(tmp_path, forge(broad), broad))
+    with pytest.raises(TrustError, match="at most one issuing CA") as caught:
+        check(*chain)
+    assert caught.value.code == tls.CODE_WRONG_ROOT
+
+
+@pytest.mark.parametrize("uris", [(), ("appliance://c-2",), ("appliance://c-1/node/2",)])
+def test_an_intermediate_of_another_cluster_or_of_none_is_refused(tmp_path: Path, uris: tuple[str, ...]) -> None:
+    strange = forge(root_of(OURS), name="strange", uris=uris, usages=None, ca=True, path_length=0)
+    chain = chain_of(forged(tmp_path, forge(strange), strange))
+    with pytest.raises(TrustError, match="expected an issuing CA of 'c-1'") as caught:
+        check(*chain)
+    assert caught.value.code == tls.CODE_CLUSTER
+
+
+def test_an_intermediate_of_another_root_is_refused(tmp_path: Path) -> None:
+    assert refusal(by_issuing(tmp_path, Authority.create("c-1", now=NOW))).code == tls.CODE_WRONG_ROOT
+    assert refusal(by_issuing(tmp_path, Authority.create("c-2", now=NOW))).code == tls.CODE_WRONG_ROOT
+
+
+def test_a_revoked_issuing_ca_is_refused_and_its_successor_is_not(tmp_path: Path) -> None:
+    chain = chain_of(by_issuing(tmp_path))
+    revoked = certificate.terms_of(certificate.load_der(chain[1])).key_id
+    with pytest.raises(TrustError, match="issuing CA 'CN=issuing c-1' was revoked") as caught:
+        check(*chain, revoked=(revoked,))
+    assert caught.value.code == tls.CODE_REVOKED
+    assert check(*chain_of(by_issuing(tmp_path)), revoked=(revoked,)) == 1
+
+
+def test_an_expired_issuing_ca_is_named(tmp_path: Path) -> None:
+    made = OURS.issue_issuing(now=NOW, days=1)
+    node = Issuer.load(made.certificate_pem, made.key.reveal()).issue_node(node=1, addresses=[], now=NOW)
+    chain = [der(node.certificate_pem), der(made.certificate_pem), der(ROOT)]
+    with pytest.raises(TrustError, match="'CN=issuing c-1' expired") as caught:
+        tls.check_validity(chain[1:], now=NOW + 2 * DAY_S)
+    assert caught.value.code == tls.CODE_EXPIRED
 
 
 def test_a_node_certificate_signs_no_other(tmp_path: Path) -> None:
@@ -199,7 +274,7 @@ def test_a_node_certificate_signs_no_other(tmp_path: Path) -> None:
 
 
 def test_an_intermediate_alone_is_no_anchor(tmp_path: Path) -> None:
-    issuing = forge(root_of(OURS), name="issuing", uris=(), usages=None, ca=True, path_length=0)
+    issuing = forge(root_of(OURS), name="issuing", uris=OF_CLUSTER, usages=None, ca=True, path_length=0)
     leaf = forge(issuing)
     assert refusal(forged(tmp_path, leaf), issuing.pem.decode()).code == tls.CODE_WRONG_ROOT
 
@@ -242,7 +317,7 @@ def test_nobody_resumes_a_session(tmp_path: Path) -> None:
 def test_the_handshake_knows_no_clock_and_check_validity_does(tmp_path: Path, made_at: int, says: str) -> None:
     authority = Authority.create("c-1", now=made_at)
     chain = chain_of(issued(tmp_path, authority, now=made_at), authority.certificate_pem.decode())
-    assert check(chain[0]) == 1
+    assert check(*chain) == 1
     tls.check_validity(chain, now=made_at)
     with pytest.raises(TrustError, match=says) as caught:
         tls.check_validity(chain, now=NOW)
@@ -298,7 +373,7 @@ def test_certificate_and_key_may_be_one_file(tmp_path: Path) -> None:
     node = OURS.issue_node(node=1, addresses=[], now=NOW)
     both = tmp_path / "node.pem"
     both.write_bytes(node.certificate_pem + node.key.reveal())
-    assert check(chain_of(tls.server_context(both, both))[0]) == 1
+    assert check(*chain_of(tls.server_context(both, both))) == 1
 
 
 @pytest.mark.parametrize("certificate_pem", [b"", b"garbage"])
@@ -310,7 +385,8 @@ def test_a_server_without_a_certificate(tmp_path: Path, certificate_pem: bytes) 
 
 def test_an_encrypted_node_key_is_refused_without_asking_on_the_terminal(tmp_path: Path) -> None:
     pair = root_of(OURS)
-    encrypted = OURS.key_pem(Secret(b"passphrase")).reveal()
+    form = (serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8)
+    encrypted = pair.key.private_bytes(*form, serialization.BestAvailableEncryption(b"passphrase"))
     with pytest.raises(TrustError, match="the node's key is encrypted"):
         tls.server_context(*files(tmp_path, pair.pem, encrypted))
 
@@ -359,13 +435,8 @@ class OldInner:
 class OldSocket:
     """`SSLSocket` up to Python 3.12, as far as `peer_chain` looks at it."""
 
-    def __init__(self, inner: OldInner | None, leaf: bytes | None) -> None:
+    def __init__(self, inner: OldInner | None) -> None:
         self._sslobj = inner
-        self._leaf = leaf
-
-    def getpeercert(self, *, binary_form: bool) -> bytes | None:
-        assert binary_form
-        return self._leaf
 
 
 class NewSocket:
@@ -377,25 +448,19 @@ class NewSocket:
     def get_verified_chain(self) -> list[bytes]:
         return self._chain
 
-    def getpeercert(self, *, binary_form: bool) -> bytes | None:
-        assert binary_form
-        return None
-
 
 @pytest.mark.parametrize(
     ("sock", "expected"),
     [
         (NewSocket([b"leaf", b"root"]), [b"leaf", b"root"]),
-        (OldSocket(OldInner([b"leaf", b"root"]), b"leaf"), [b"leaf", b"root"]),
-        (OldSocket(OldInner(None), b"leaf"), [b"leaf"]),
-        (OldSocket(None, b"leaf"), [b"leaf"]),
+        (OldSocket(OldInner([b"leaf", b"root"])), [b"leaf", b"root"]),
     ],
 )
 def test_the_chain_is_found_in_every_version_of_the_interpreter(sock: ssl.SSLSocket, expected: list[bytes]) -> None:
     assert tls.peer_chain(sock) == expected
 
 
-@pytest.mark.parametrize("sock", [NewSocket([]), OldSocket(OldInner(None), None), OldSocket(None, None)])
+@pytest.mark.parametrize("sock", [NewSocket([]), OldSocket(OldInner(None)), OldSocket(None)])
 def test_a_peer_without_a_certificate(sock: ssl.SSLSocket) -> None:
     with pytest.raises(TrustError, match="showed no certificate"):
         tls.peer_chain(sock)

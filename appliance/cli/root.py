@@ -33,7 +33,7 @@ COMPLETE_VARIABLE = "_APPLIANCE_COMPLETE"
 
 _NOUNS = {
     "mode": ("appliance.cli.mode", "Show or change the role of this machine."),
-    "first-boot": ("appliance.cli.first_boot", "On our own system, as root: take the image's seed, before any daemon."),
+    "first-boot": ("appliance.cli.first_boot", "On our own system, as root: take the image's seed."),
     "run": ("appliance.cli.run", "Run the daemon of this machine's role."),
     "status": ("appliance.cli.status", "The fleet, or this SE, in one look."),
     "why": ("appliance.cli.why", "Tell where an SE's way into the fleet stopped, and why."),

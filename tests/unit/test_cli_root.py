@@ -70,7 +70,7 @@ def test_help_lists_all_nouns_without_importing_them(monkeypatch: pytest.MonkeyP
     listed = [line.split()[0] for line in text.partition("Commands:\n")[2].splitlines()]
     assert sorted(listed) == sorted(
         ["mode", "run", "controller", "image-key", "se", "status", "why", "events", "audit", "doctor", "version", "lab",
-         "completion", "token", "enroll"]
+         "completion", "token", "enroll", "image", "first-boot"]
     )  # fmt: skip
 
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 def command(context: CliContext, ses: int, bundle: Path | None, seconds: float, processes: int, prefix: str) -> None:
     """Simulated SEs, many in one process: real enrollment, links, heartbeats and reverse paths.
 
-    Without --bundle the first bundle of the controller at --root is taken.
+    Without --bundle the first bundle of the controller at --root is taken. SIGINT ends the measured time, SIGUSR1
+    begins it anew.
     """
     from appliance.controller.material import Files
     from appliance.lab.fleet import SES_PER_PROCESS, combine
@@ -75,6 +76,7 @@ def _run_here(bundle: Path, *, ses: int, seconds: float, prefix: str) -> FleetRe
         fleet = Fleet(loaded, ses=ses, prefix=prefix, say=lambda text: click.echo(text, err=True))
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, fleet.stop)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, fleet.begin)
         return await fleet.run(seconds)
 
     return uvloop.run(run())
@@ -98,6 +100,11 @@ def _run_children(bundle: Path, *, ses: int, seconds: float, prefix: str, proces
     def drain(index: int) -> None:
         outputs[index] = children[index].communicate()[0]
 
+    def begin(*_signal: object) -> None:
+        for child in children:
+            child.send_signal(signal.SIGUSR1)
+
+    signal.signal(signal.SIGUSR1, begin)
     threads = [threading.Thread(target=drain, args=(index,)) for index in range(processes)]
     try:
         for thread in threads:

@@ -29,6 +29,7 @@ _log = logging.getLogger(__name__)
 
 ENROLL_AT_ONCE = 16
 LINK_AT_ONCE = 32
+LINK_TIMEOUT_S = 30.0
 BEAT_TIMEOUT_S = 9.0
 TELEMETRY_S = 10.0
 WARM_UP_S = 5.0
@@ -89,11 +90,19 @@ class Fleet:
         self._reconnects = 0
         self._linked = 0
         self._stop = asyncio.Event()
+        self._measured_from = 0.0
         self.ses: list[SimulatedSe] = []
 
     def stop(self) -> None:
         """Ends the measured time early."""
         self._stop.set()
+
+    def begin(self) -> None:
+        """Begins the measured time anew: what was measured so far is forgotten."""
+        self._beats.rtts_s.clear()
+        self._beats.answered = self._beats.lost = self._reconnects = 0
+        self._refusals.clear()
+        self._measured_from = time.monotonic()
 
     async def run(self, seconds: float) -> FleetReport:
         """Runs the whole life; `seconds` is the measured time, 0 means until `stop`."""
@@ -126,9 +135,9 @@ class Fleet:
             await self._all("linked", len(ready) or 1, [self._until(up) for up in ready])
             link_s = time.monotonic() - began
             await self._wait(WARM_UP_S)
-            self._beats.rtts_s.clear()
-            self._beats.answered = self._beats.lost = self._reconnects = 0
-            measured_from = time.monotonic()
+            refused = dict(self._refusals)
+            self.begin()
+            self._refusals.update(refused)
             await self._wait(seconds or None)
             rtts = list(self._beats.rtts_s)
             return FleetReport(
@@ -137,7 +146,7 @@ class Fleet:
                 linked=self._linked,
                 enroll_s=enroll_s,
                 link_s=link_s,
-                measured_s=time.monotonic() - measured_from,
+                measured_s=time.monotonic() - self._measured_from,
                 heartbeats=self._beats.answered,
                 lost_heartbeats=self._beats.lost,
                 reconnects=self._reconnects,
@@ -200,9 +209,9 @@ class Fleet:
         backoff = Backoff()
         while True:
             try:
-                async with turns:
-                    await asyncio.wait_for(se.link(), 30.0)
-                    await asyncio.wait_for(se.beat(telemetry=True), BEAT_TIMEOUT_S)
+                async with turns, asyncio.timeout(LINK_TIMEOUT_S):
+                    await se.link()
+                    await se.beat(telemetry=True)
             except (ApplianceError, asyncssh.Error, OSError, TimeoutError, asyncio.IncompleteReadError) as error:
                 self._refusals[type(error).__name__] = self._refusals.get(type(error).__name__, 0) + 1
                 se.close()
@@ -231,7 +240,8 @@ class Fleet:
             if due:
                 last_telemetry = time.monotonic()
             started = time.monotonic()
-            await asyncio.wait_for(se.beat(telemetry=due), BEAT_TIMEOUT_S)
+            async with asyncio.timeout(BEAT_TIMEOUT_S):
+                await se.beat(telemetry=due)
             await asyncio.sleep(max(0.0, se.interval_s - (time.monotonic() - started)))
 
 

@@ -25,6 +25,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--source", action="store_true", help="measure the sources instead of the frozen executables")
     parser.add_argument("--ses", type=int, default=1000, help="fleet: how many SEs (1000)")
+    parser.add_argument("--storm", action="store_true", help="fleet: kill the controller under its SEs, start it again")
     parser.add_argument("--count", type=int, default=1000, help="enroll: how many enrollments (1000)")
     parser.add_argument("--seconds", type=float, default=60.0, help="agent, fleet: measured time (60)")
     parser.add_argument("--settle", type=float, default=60.0, help="agent: idle time before it is measured (60)")
@@ -38,6 +39,7 @@ def main() -> int:
     say = Progress()
     options = Options(
         ses=arguments.ses, count=arguments.count, seconds=arguments.seconds, settle_s=arguments.settle,
+        storm=arguments.storm,
         keep=arguments.keep,
     )  # fmt: skip
     stand = Stand(frozen=not arguments.source, say=say, keep=options.keep)

@@ -2,16 +2,18 @@
 
 `appliance lab fleet` enrolls and links the SEs against a fresh controller; both run on this machine's cores. When all
 are UP by the controller's own word, and have settled, the controller's memory and processor time are read from the
-kernel over the measured time. sshd's memory is measured for a few connections and multiplied.
+kernel over the measured time. With --storm the controller is killed before that with all SEs linked, and started
+again. sshd's memory is measured for as many connections as 2 GB hold.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -25,11 +27,32 @@ from bench.report import Report, Row
 from bench.stand import Controller, Options, Stand, ended
 
 MB = 1_000_000
-RSS_GOAL = (1000, 200)
-"""At so many SEs, so many MB."""
+
+
+class Goals(msgspec.Struct, frozen=True, kw_only=True):
+    """What is promised for a fleet of at most so many SEs."""
+
+    ses: int
+    rss_mb: float
+    cpu_pct: float | None = None
+    p99_ms: float | None = None
+    storm_s: float | None = None
+
+
+GOALS = (
+    Goals(ses=1000, rss_mb=200),
+    Goals(ses=2000, rss_mb=250, cpu_pct=15, p99_ms=30, storm_s=15),
+    Goals(ses=10_000, rss_mb=700, cpu_pct=60, p99_ms=200, storm_s=60),
+)
+LIST_GOAL_S = 1.0
+GROWTH_GOAL_PCT = 2.0
+WORKING = ("UP", "DEGRADED")
+"""States with a link and a reverse path that work; a busy machine makes a round trip long, which is DEGRADED."""
+PATIENCE_S = 60.0
+"""After so long without another SE coming up, what is there is measured."""
 SETTLE_S = 15.0
 """After the last SE came up: `lab fleet` begins to count, and the reverse paths' checks are over."""
-PEER_LINKS = 20
+PEER_LINKS = 200
 _SETTINGS = {
     "enroll_rate_per_s": 100_000.0, "enroll_burst": 100_000, "source_rate_per_s": 100_000.0, "source_burst": 100_000,
     "max_unauthenticated": 20_000, "max_unauthenticated_per_source": 20_000,
@@ -41,16 +64,24 @@ class _Measured(msgspec.Struct, kw_only=True):
     up: int
     rss_bytes: int
     empty_rss_bytes: int
+    growth_pct: float
     cpu_pct: float
     seconds: float
     up_after_s: float
+    list_s: float
+    storm: _Storm | None = None
+
+
+class _Storm(msgspec.Struct, kw_only=True):
+    up_s: float
+    left_out: int
+    degraded: int
 
 
 def run(stand: Stand, options: Options) -> Report:
     """Measures the controller, then sshd."""
     with stand.place() as place:
-        with stand.controller(place / "controller", settings=_SETTINGS) as controller:
-            measured, report = _fleet(stand, controller, options)
+        measured, report = _fleet(stand, place / "controller", options)
         logins_per_s, per_link_bytes = _sshd(stand, place)
     notes = [
         f"{stand.what}; {options.ses} SEs, {measured.seconds:.0f} s measured, fleet and controller on the same cores",
@@ -60,55 +91,103 @@ def run(stand: Stand, options: Options) -> Report:
         f"{(measured.rss_bytes - measured.empty_rss_bytes) / 1024 / max(1, options.ses):.1f} KiB an SE",
         f"{report.heartbeats} heartbeats, median {report.heartbeat_p50_ms:.1f} ms, {report.reconnects} reconnects, "
         f"refusals {report.refusals or 'none'}",
-        "processor time is in % of one core",
+        "processor time is in % of one core; growth is of memory, after the first minute of that time",
     ]
+    theirs = None
     if per_link_bytes is None:
         notes.append(f"no sshd to compare with: apt-get install {' '.join(openssh.missing())}")
-        theirs = None
     else:
         theirs = per_link_bytes * options.ses / MB
         notes.append(
             f"sshd: {per_link_bytes / 1024:.0f} KiB a connection (PSS, measured with {PEER_LINKS}, multiplied)"
         )
-    many, goal_mb = RSS_GOAL
+    goals = next((entry for entry in GOALS if options.ses <= entry.ses), None)
     rows = [
         Row(name="fleet.up", value=measured.up, unit="SEs", goal=options.ses, better="high"),
         Row(
             name="fleet.controller_rss_mb", value=round(measured.rss_bytes / MB, 1), unit="MB",
-            goal=goal_mb if options.ses <= many else None, better="low",
+            goal=goals.rss_mb if goals else None, better="low",
             peer=f"sshd, {options.ses} connections" if theirs else None,
             peer_value=round(theirs, 1) if theirs else None,
         ),
-        Row(name="fleet.controller_cpu_pct", value=round(measured.cpu_pct, 2), unit="% of a core", better="low"),
-        Row(name="fleet.heartbeat_p99_ms", value=round(report.heartbeat_p99_ms, 2), unit="ms", better="low"),
-        Row(name="fleet.lost_heartbeats", value=report.lost_heartbeats, unit="heartbeats", better="low"),
+        Row(
+            name="fleet.controller_cpu_pct", value=round(measured.cpu_pct, 2), unit="% of a core",
+            goal=goals.cpu_pct if goals else None, better="low",
+        ),
+        Row(
+            name="fleet.heartbeat_p99_ms", value=round(report.heartbeat_p99_ms, 2), unit="ms",
+            goal=goals.p99_ms if goals else None, better="low",
+        ),
+        Row(name="fleet.lost_heartbeats", value=report.lost_heartbeats, unit="heartbeats", goal=0, better="low"),
+        Row(name="fleet.list_s", value=round(measured.list_s, 3), unit="s", goal=LIST_GOAL_S, better="low"),
+        Row(name="fleet.growth_pct", value=round(measured.growth_pct, 2), unit="%", goal=GROWTH_GOAL_PCT, better="low"),
         Row(
             name="fleet.links_per_s", value=round(report.linked / report.link_s, 1), unit="1/s", better="high",
             peer="sshd, log-ins" if logins_per_s else None, peer_value=logins_per_s,
         ),
     ]  # fmt: skip
+    if measured.storm is not None:
+        storm = measured.storm
+        notes.append(
+            f"storm: SIGKILL, started again at once; measured from the start of the new process; "
+            f"{storm.degraded} of them DEGRADED when the last one was back"
+        )
+        rows += [
+            Row(
+                name="storm.up_s", value=round(storm.up_s, 1), unit="s", goal=goals.storm_s if goals else None,
+                better="low",
+            ),
+            Row(name="storm.left_out", value=storm.left_out, unit="SEs", goal=0, better="low"),
+        ]  # fmt: skip
     return Report(bench="fleet", rows=rows, notes=notes)
 
 
-def _fleet(stand: Stand, controller: Controller, options: Options) -> tuple[_Measured, FleetReport]:
-    pids = [controller.pid, *children(controller.pid)]
-    empty_bytes = resident_bytes(pids)
-    began = time.monotonic()
-    with _running(stand, controller, options.ses) as (process, log):
+def _fleet(stand: Stand, root: Path, options: Options) -> tuple[_Measured, FleetReport]:
+    with ExitStack() as stack:
+        controller = stack.enter_context(stand.controller(root, settings=_SETTINGS))
+        empty_bytes = resident_bytes([controller.pid, *children(controller.pid)])
+        began = time.monotonic()
+        process, log = stack.enter_context(_running(stand, controller, options.ses))
         up_after_s = _await_up(stand, controller, options.ses, process, log) - began
         stand.say(f"{options.ses} SEs UP after {up_after_s:.1f} s; settling for {SETTLE_S:.0f} s")
         _pass(SETTLE_S, process, log)
+        storm = None
+        if options.storm:
+            stand.say("killing the controller")
+            os.kill(controller.pid, signal.SIGKILL)
+            began = time.monotonic()
+            controller = stack.enter_context(stand.running(root))
+            up_s = _await_up(stand, controller, options.ses, process, log) - began
+            states = controller.operator.status().states
+            storm = _Storm(up_s=up_s, left_out=options.ses - _up(controller), degraded=states.get("DEGRADED", 0))
+            stand.say(f"{_up(controller)} SEs back after {up_s:.1f} s; settling for {SETTLE_S:.0f} s")
+            _pass(SETTLE_S, process, log)
+        process.send_signal(signal.SIGUSR1)  # its measured time begins
         stand.say(f"measuring for {options.seconds:.0f} s")
-        before, at = cpu_s(pids), time.monotonic()
-        _pass(options.seconds, process, log)
-        used_s, took_s = cpu_s(pids) - before, time.monotonic() - at
-        measured = _Measured(
-            up=_up(controller), rss_bytes=resident_bytes(pids), empty_rss_bytes=empty_bytes,
-            cpu_pct=used_s / took_s * 100, seconds=took_s, up_after_s=up_after_s,
-        )  # fmt: skip
+        measured = _steady(controller, options, process, log)
+        measured.storm, measured.empty_rss_bytes, measured.up_after_s = storm, empty_bytes, up_after_s
         process.send_signal(signal.SIGINT)  # ends the measured time; it reports and leaves
         told, _ = process.communicate(timeout=120)
     return measured, msgspec.json.decode(told, type=FleetReport)
+
+
+def _steady(controller: Controller, options: Options, process: subprocess.Popen[bytes], log: Path) -> _Measured:
+    pids = [controller.pid, *children(controller.pid)]
+    before, at = cpu_s(pids), time.monotonic()
+    _pass(min(60.0, options.seconds / 2), process, log)
+    first_bytes = resident_bytes(pids)
+    _pass(max(0.0, at + options.seconds - time.monotonic()), process, log)
+    used_s, took_s = cpu_s(pids) - before, time.monotonic() - at
+    last_bytes = resident_bytes(pids)
+    asked = time.monotonic()
+    listed = len(controller.operator.ses())
+    list_s = time.monotonic() - asked
+    if listed < options.ses:
+        raise BenchError(f"{listed} SEs in the list, {options.ses} expected")
+    return _Measured(
+        up=_up(controller), rss_bytes=last_bytes, empty_rss_bytes=0, up_after_s=0.0, list_s=list_s,
+        growth_pct=(last_bytes - first_bytes) / first_bytes * 100, cpu_pct=used_s / took_s * 100, seconds=took_s,
+    )  # fmt: skip
 
 
 @contextmanager
@@ -129,14 +208,15 @@ def _running(stand: Stand, controller: Controller, ses: int) -> Iterator[tuple[s
 
 def _up(controller: Controller) -> int:
     states = controller.operator.status().states
-    return states.get("UP", 0)
+    return sum(states.get(state, 0) for state in WORKING)
 
 
 def _await_up(stand: Stand, controller: Controller, ses: int, process: subprocess.Popen[bytes], log: Path) -> float:
     """Returns when (monotonic) the last SE came up. Gives up where nothing more comes for a minute."""
     best, told, progress_at = -1, 0.0, time.monotonic()
     while best < ses:
-        _pass(0.25, process, log)
+        # Asking costs the controller time in proportion to the fleet.
+        _pass(max(0.25, ses / 5000), process, log)
         try:
             up = _up(controller)
         except ApplianceError as error:
@@ -148,7 +228,7 @@ def _await_up(stand: Stand, controller: Controller, ses: int, process: subproces
         if now - told >= 5:
             told = now
             stand.say(f"{max(best, 0)} of {ses} SEs UP")
-        if now - progress_at > 60:
+        if now - progress_at > PATIENCE_S:
             stand.say(f"{best} of {ses} SEs UP, no more for a minute; measuring those")
             break
     return progress_at

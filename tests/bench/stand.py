@@ -36,6 +36,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 60.0
     settle_s: float = 60.0
     count: int = 1000
+    storm: bool = False
     keep: bool = False
 
 
@@ -120,6 +121,14 @@ class Stand:
         on = ["--root", str(root)]
         self.command(*on, "controller", "init", "--address", LOOPBACK, "--date", "now")
         self.command(*on, "mode", "set", "controller")
+        with self.running(root, tracer=tracer) as running:
+            yield running
+
+    @contextlib.contextmanager
+    def running(self, root: Path, *, tracer: Sequence[str] = ()) -> Iterator[Controller]:
+        """The controller of a root that was initialised, once more."""
+        paths, on = Paths(root), ["--root", str(root)]
+        paths.controller_file.unlink(missing_ok=True)
         log = root / "controller.log"
         with child.Daemon([*tracer, *self.program, *on, "run"], log_path=log) as daemon:
 

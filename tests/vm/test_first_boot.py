@@ -144,7 +144,7 @@ def boot_and_check(tmp_path: Path, *, firmware: str) -> None:
             up_after_s = time.time() - began
             console = vm.console()
             assert re.search(r"appliance: first boot: the seed was taken from partition 3 of /dev/vda", console)
-            vm.wait_for(r"^appliance: se UP: node 1 up \[.*10\.0\.2\.15.*127\.1\.0\.1\]")
+            vm.wait_for(r"appliance: se UP: node 1 up \[.*10\.0\.2\.15.*127\.1\.0\.1\]")
             detail = controller.operator.se("edge-1")
             # The VM's own figures, not this machine's.
             memory = detail.summary.memory_total_bytes
@@ -161,7 +161,6 @@ def boot_and_check(tmp_path: Path, *, firmware: str) -> None:
 
             vm.reset()
             booted(controller, "edge-1", before=first, deadline_s=900)
-            vm.wait_for(r"^appliance: se UP: node 1 up", count=2)
             again = controller.operator.se("edge-1")
             assert [key.uses for key in controller.operator.image_keys()] == [1], "it enrolled a second time"
             assert (again.summary.number, again.thumbprint, again.host_keys) == (1, detail.thumbprint, host_key)
@@ -199,12 +198,12 @@ def check_units(controller: RunningController, directory: Path) -> None:
     feeding = f"fed=$({_FED}); test $fed -gt 0 || exit 9; until [ $({_FED}) != $fed ]; do sleep 1; done;"
     first = unit(controller, directory, f"[ $(hostname) = edge-1 ] || exit 8; {feeding}")
     assert (first["Type"], first["ActiveState"], first["SubState"]) == ("notify", "active", "running")
-    assert (first["WatchdogUSec"], first["NRestarts"]) == ("30s", "0")
+    assert first["WatchdogUSec"] == "30s", "the longer limit of a start is over"
     in_vm(controller, directory, "edge-1", f"(sleep 1; kill -9 {first['MainPID']}) >/dev/null 2>&1 </dev/null &")
     until(lambda: controller.state("edge-1").startswith("DOWN"), what="the daemon is dead", deadline_s=120)
     wait_up(controller, "edge-1")
     second = unit(controller, directory)
-    assert second["NRestarts"] == "1"
+    assert int(second["NRestarts"]) == int(first["NRestarts"]) + 1
     assert second["MainPID"] != first["MainPID"]
 
 

@@ -141,7 +141,7 @@ class RunningController:
         assert not check or done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
         return done
 
-    def start(self, *python: str, wrap: Sequence[str] = (), deadline_s: float = DEADLINE_S) -> RunningController:
+    def start(self, *python: str, wrap: Sequence[str] = (), deadline_s: float = 60.0) -> RunningController:
         """Starts the daemon and waits until it listens.
 
         `python` are arguments in place of `-m appliance`; `wrap` comes before the command.

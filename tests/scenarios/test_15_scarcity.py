@@ -69,7 +69,7 @@ def test_the_controllers_disk_falls_read_only(tmp_path: Path) -> None:
     """Live links live on, whoever comes anew is told that nothing can be stored, and after a repair all is back."""
     disk = RealDisk(tmp_path, tmp_path / "site/controller/var/lib/appliance")
     try:
-        with site(tmp_path / "site") as at:
+        with site(tmp_path / "site", settings={"disk_reserve_bytes": 1 << 20}) as at:
             se = at.se("se-1").start()
             at.until_up(se)
             with judged(at, se, back_s=20.0, restarts=True):

@@ -68,7 +68,7 @@ def test_who_is_further_apart_is_told_what_to_upgrade(tmp_path: Path, agent: int
             at.controller.start(wrap=environment(tmp_path / "c", TEST_PROTOCOL=str(controller)))
             told = until(lambda: "(TUNNEL-022)" in (text := se.failed(Step.LINK)) and text, what="the SE says why")
             assert f"Protocol {agent} is not spoken here" in told
-            assert f"Upgrade the {whom}" in se.logged()
+            until(lambda: f"Upgrade the {whom}" in se.logged(), what="the SE says whom to upgrade")
             chain = until(
                 lambda: "speaks protocol" in (chain := at.controller.operator.why("se-1")).verdict and chain,
                 what="the controller says why",

@@ -160,7 +160,7 @@ def boot_and_check(tmp_path: Path, *, firmware: str) -> None:
             host_key = detail.host_keys
 
             vm.reset()
-            booted(controller, "edge-1", before=first, deadline_s=900)
+            booted(controller, "edge-1", before=first, deadline_s=UP_S)
             again = controller.operator.se("edge-1")
             assert [key.uses for key in controller.operator.image_keys()] == [1], "it enrolled a second time"
             assert (again.summary.number, again.thumbprint, again.host_keys) == (1, detail.thumbprint, host_key)
@@ -254,13 +254,13 @@ def test_foreign_disks_do_not_choose_whom_a_vm_trusts(tmp_path: Path) -> None:
         machine_disk.make(disk, evil)
         digest = hashlib.sha256(disk.read_bytes()).digest()
         with Vm(tmp_path, image, firmware="bios", network=network(home, rogue), cdroms=[cd], disks=[disk]) as vm:
-            vm.wait_for("its trust document is left alone")
+            vm.wait_for("its trust document is left alone", deadline_s=UP_S)
             until(lambda: home.operator.ses(), what="the SE is enrolled at home", deadline_s=UP_S)
             (se,) = home.operator.ses()
             wait_up(home, se.name)
             # Hints are hints: they name the SE, and decide nothing.
             assert (se.name, se.labels) == ("evil", {"by": "disk"})
-            vm.wait_for(r"Cloud-init v\. \S+ finished|Reached target .*Cloud-init target")
+            vm.wait_for(r"Cloud-init v\. \S+ finished|Reached target .*Cloud-init target", deadline_s=UP_S)
             vm.power_button()
             vm.wait_off(deadline_s=300)
         assert rogue.operator.ses() == []
@@ -279,7 +279,7 @@ def test_a_copy_of_a_disk_that_booted_is_found_out(tmp_path: Path) -> None:
         image = bake(tmp_path, controller, "--seed-name", "edge-1")
         with Vm(tmp_path, image, firmware="bios", network=network(controller)) as vm:
             wait_up(controller, "edge-1")
-            vm.wait_for(r"Cloud-init v\. \S+ finished|Reached target .*Cloud-init target")
+            vm.wait_for(r"Cloud-init v\. \S+ finished|Reached target .*Cloud-init target", deadline_s=UP_S)
             vm.power_button()
             vm.wait_off(deadline_s=300)
             first = controller.operator.se("edge-1").facts.boot_id
@@ -289,7 +289,7 @@ def test_a_copy_of_a_disk_that_booted_is_found_out(tmp_path: Path) -> None:
             booted(controller, "edge-1", before=first, deadline_s=UP_S)
             assert controller.operator.se("edge-1").alarms == []
             with Vm(tmp_path, image, name="copy", mac="52:54:00:12:34:57", **terms) as copy:  # type: ignore[arg-type]
-                copy.wait_for(r"appliance: se DOWN: node 1 quarantined")
+                copy.wait_for(r"appliance: se DOWN: node 1 quarantined", deadline_s=UP_S)
             assert original.pid
             detail = controller.operator.se("edge-1")
             assert detail.facts.macs == ["52:54:00:12:34:56"], "the link that was there stays"
@@ -317,7 +317,7 @@ def test_without_network_it_waits_and_without_approval_it_shows_its_key(tmp_path
         with Vm(tmp_path, image, firmware="uefi", network=network(controller)) as vm:
             vm.wait_for("BdsDxe: starting|Linux version|systemd", deadline_s=UP_S)
             vm.set_link(up=False)
-            vm.wait_for(r"appliance: se ENROLLING: nonce: .*")
+            vm.wait_for(r"appliance: se ENROLLING: nonce: .*", deadline_s=UP_S)
             assert controller.operator.ses() == []
             vm.set_link(up=True)
             key = vm.wait_for(

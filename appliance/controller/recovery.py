@@ -218,6 +218,7 @@ class Recovery:
             f"who was revoked, rejected or deleted after the backup can't be known: {enrolled} SEs count as enrolled, "
             "see `appliance se list`",
             f"image keys revoked after the backup can't be known: active are {', '.join(active) or 'none'}",
+            "images added or revoked after the backup can't be known: see `appliance image list`",
         ]
         if record.tokens_withdrawn:
             told.append(f"{record.tokens_withdrawn} tokens were withdrawn: they may have been used after the backup")

@@ -1,4 +1,4 @@
-"""12: the controller isn't where it was, or not who it was: a blocked port, other addresses, a node that was replaced,
+"""18: the controller isn't where it was, or not who it was: a blocked port, other addresses, a node that was replaced,
 and SEs that come back from an older state or slept through all of it. Each begins with a broken fleet and ends UP."""
 
 from __future__ import annotations

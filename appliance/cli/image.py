@@ -186,7 +186,7 @@ def _fields(view: ImageView, now: float) -> list[tuple[str, Cell]]:
         ("agent", view.agent_version or output.NONE),
         ("system", view.system or output.NONE),
         ("recipe", view.recipe_digest or output.NONE),
-        *((f"{sha256}", name) for name, sha256 in view.files),
+        *(("file", f"{sha256}  {name}") for name, sha256 in view.files),
     ]
 
 
@@ -199,7 +199,7 @@ def _fields(view: ImageView, now: float) -> list[tuple[str, Cell]]:
 @json_option
 @pass_context
 def revoke(context: CliContext, image: str, *, key: bool, keep_key: bool, kick: bool, reason: str) -> None:
-    """Lets nobody new in by IMAGE, and lists the SEs that came by it.
+    """Lets nobody new in by IMAGE, and lists the SEs that name it.
 
     An SE names its image by its own word, so the image key is revoked too; where other live images carry that, --key or
     --keep-key must say what becomes of it. SEs that are in stay in. With --kick each SE that names the image is revoked
@@ -252,11 +252,11 @@ def _say_revoked(console: Console, done: ImageRevoked) -> None:
         output.say(console, output.clean(f"the same image key is in {names}"))
     now = time.time()
     for told, ses in (
-        (f"{output.count(len(done.ses), 'SE')} came by it", done.ses),
-        (f"{output.count(len(done.by_key), 'SE')} came by its key and named another image, or none", done.by_key),
+        (f"named by {output.count(len(done.ses), 'SE')}:", done.ses),
+        (f"its key, with another image named, or none: {output.count(len(done.by_key), 'SE')}:", done.by_key),
     ):
         if ses:
             output.say(console, told)
             se.print_table(console, ses, now=now)
     if not done.ses:
-        output.say(console, "no SE came by it")
+        output.say(console, "no SE names it")

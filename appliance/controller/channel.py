@@ -115,7 +115,7 @@ class ChannelApi:
         self._history = history
         self._attempts = attempts
         self._trust = trust
-        self._receipts, self._witness = kept.receipts, kept.witness
+        self._receipts, self._witness, self._recovery = kept.receipts, kept.witness, kept.recovery
         self._node = node
         self._reverse_port = reverse_port
         self._check_reverse = check_reverse
@@ -171,6 +171,7 @@ class ChannelApi:
         link.agent_version = hello.agent_version[:64]
         link.machine = _machine(link.source, hello.facts)
         link.trust_version = hello.trust_version
+        self._recovery.trust_shown(hello.trust_version)
         lock = self._hellos.setdefault(link.se_id, asyncio.Lock())
         try:
             async with lock:

@@ -137,6 +137,8 @@ class Controller:
         hint = "the SE checks this node's certificate against its own root CA; see its console" if error else ""
         text = f"TLS handshake failed: {error}" if error else "TLS handshake done"
         code = "ENROLL-041" if error else ""
+        if "ALERT_UNKNOWN_CA" in error:
+            parts.kept.recovery.root_unknown(source)
         parts.attempts.note(source, Step.TLS, result, at=parts.clock.now(), text=text, code=code, hint=hint)
 
     async def _tend(self) -> None:

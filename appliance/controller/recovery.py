@@ -30,6 +30,9 @@ RECOVERY = "recovery"
 """Key in the store."""
 
 
+MAX_STRANGERS = 64
+
+
 class RecoveryRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The newest restore. Times are seconds since 1970."""
 
@@ -45,6 +48,8 @@ class RecoveryRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens that nobody had used by the backup; somebody may have since."""
     audit_sequence: int
     """Of the backup's newest audit entry."""
+    trust_version: int = 0
+    """Of the backup's trust document."""
     ended_at: float = 0.0
 
 
@@ -58,6 +63,10 @@ class Recovery:
         self.record: RecoveryRecord | None = None
         self.lost_audit = 0
         """The newest entry before the restore that a witness remembers and the backup did not have."""
+        self._seen_trust = 0
+        """The newest version of the trust document before the restore that an SE had and the backup did not."""
+        self._strangers: set[str] = set()
+        """Names of SEs, or source addresses, that showed to know another root than this controller."""
 
     async def load(self) -> None:
         """Reads the record. Raises `StoreError`."""
@@ -76,6 +85,18 @@ class Recovery:
     def head_lost(self, head: AuditHead) -> None:
         """A witness showed a head from before the restore that the backup did not have."""
         self.lost_audit = max(self.lost_audit, head.sequence)
+
+    # What tells that the backup was too old: nothing is decided by it, since anybody can say it.
+
+    def trust_shown(self, version: int) -> None:
+        """An SE said which version of the trust document it had when it came."""
+        if self.record is not None and self.record.trust_version < version < self.record.epoch:
+            self._seen_trust = max(self._seen_trust, version)
+
+    def root_unknown(self, who: str) -> None:
+        """Somebody doesn't believe this controller's root, or shows what a root signed that isn't known here."""
+        if self.is_active and len(self._strangers) < MAX_STRANGERS:
+            self._strangers.add(who)
 
     # What SEs ask for.
 
@@ -225,12 +246,29 @@ class Recovery:
         if self.lost_audit > record.audit_sequence:
             first, last = record.audit_sequence + 1, self.lost_audit
             told.append(f"audit entries {first} to {last} of the time before the restore are lost; SEs remember them")
+        if self._seen_trust:
+            told.append(
+                f"SEs have seen version {self._seen_trust} of the trust document, the backup has version "
+                f"{record.trust_version}: changes of roots, host keys and log-in keys after the backup are lost"
+            )
+        if stranger := self._too_old():
+            told.append(stranger)
         told += [
             f"{entry.name} (number {entry.number}) is not approved with the others: {entry.receipt_fault}"
             for entry in self.waiting()
             if entry.receipt_fault
         ]
         return told
+
+    def _too_old(self) -> str:
+        """What to do where the fleet knows another root, "" where nothing tells of one."""
+        if not self._strangers:
+            return ""
+        some = ", ".join(sorted(self._strangers)[:5]) + (" …" if len(self._strangers) > 5 else "")
+        return (
+            f"the root CA was changed after this backup, as {some} showed: restore a backup that was taken after "
+            "`rotate-ca begin`; without one, these SEs need a new seed"
+        )
 
     def problem(self) -> str:
         """RECOVERY in one sentence, "" where there is none."""
@@ -240,6 +278,8 @@ class Recovery:
         text = "RECOVERY: restored from a backup"
         if waiting:
             text += f"; {waiting} SEs show receipts, `appliance se approve --receipts` lets them in"
+        if stranger := self._too_old():
+            text += f"; {stranger}"
         return text + "; `appliance controller recovery status` tells what can't be known, `… recovery end` ends it"
 
 

@@ -249,6 +249,7 @@ async def _renew_store(
             numbers_from=summary.next_number + skip,
             tokens_withdrawn=withdrawn,
             audit_sequence=audit.count,
+            trust_version=summary.trust_version,
         )
         number_unchanged, _ = registry.next_number_taken()
         async with registry.turn():

@@ -17,7 +17,7 @@ from appliance.controller.material import Material
 from appliance.controller.recovery import Recovery
 from appliance.controller.registry import Registry
 from appliance.errors import ApplianceError
-from appliance.pki.trust import verify_audit_head
+from appliance.pki.trust import MAX_HEAD_BYTES, verify_audit_head
 from appliance.protocol import strict_json
 from appliance.protocol.audit import HeadVerdict, judge_head
 from appliance.protocol.trust import AUDIT_HEAD_TYPE, AuditHead, Envelope
@@ -94,9 +94,21 @@ class Witness:
                 head = verify_audit_head(envelope, self._material.anchors, self._material.trust.revoked_node_keys)
             except ApplianceError as error:
                 _log.warning("%s shows an audit head that doesn't hold: %s", by, error.message)
+                if self._is_of_lost_time(envelope):
+                    self._recovery.root_unknown(by)
                 continue
             if head.node == self._material.cluster.node:
                 await self._judge(head, by, source)
+
+    def _is_of_lost_time(self, envelope: Envelope) -> bool:
+        """Whether a head whose signer isn't known says that it is from between the backup and its restore."""
+        record, cluster = self._recovery.record, self._material.cluster
+        try:
+            head = strict_json.decode(envelope.body(), AuditHead, max_bytes=MAX_HEAD_BYTES)
+        except ApplianceError:
+            return False
+        is_ours = (head.cluster_id, head.node) == (cluster.cluster_id, cluster.node)
+        return record is not None and is_ours and record.backup_epoch <= head.epoch < record.epoch
 
     async def _judge(self, head: AuditHead, by: str, source: str) -> None:
         entry = await self._audit.entry(head.sequence)

@@ -211,3 +211,80 @@ def test_a_restore_that_is_cut_at_any_step_can_be_repeated(tmp_path: Path) -> No
         if ended.returncode == 0:
             break
     assert steps > 5
+
+
+# ------------------------------------------------------------------------- a change of root and a backup around it
+
+ROOT_WORD = "a word for the root key"
+
+
+def test_a_backup_taken_in_a_change_of_root_brings_the_fleet_back_after_its_end(tmp_path: Path) -> None:
+    """One SE follows to the end of the change, one sleeps through all of it: the restore brings back both."""
+    with site(tmp_path / "s") as at:
+        out, operator = tmp_path / "controller.backup", at.controller.operator
+        operator.set_passphrase(ROOT_WORD, reason="")
+        awake, asleep = (at.se(name, settings=QUICK_REFRESH).start() for name in ("awake", "asleep"))
+        for se in (awake, asleep):
+            at.until_up(se, deadline_s=90)
+        asleep.stop()
+        operator.rotate("ca", "begin", passphrase=ROOT_WORD)
+        assert any("no backup was taken" in text for text in operator.status().problems)
+        summary = take_backup(at, out)
+        assert (summary["root_change"], summary["root_is_locked"]) == (True, True)
+        assert not any("no backup was taken" in text for text in operator.status().problems)
+        former = operator.controller().root_fingerprint
+        operator.rotate("ca", "finish", force=True, passphrase=ROOT_WORD)
+        version = operator.controller().trust_version
+        until(lambda: trusts(awake) >= version, what="the SE that is awake trusts the new root alone", deadline_s=60)
+        lose(at)
+
+        # Both passphrases are asked for, and nothing is made without the second.
+        done = appliance(at, "controller", "restore", str(out), "--date", "now", "--passphrase-file", "-")
+        assert done.returncode == 2, done.stderr
+        assert "--root-passphrase-file" in done.stderr
+        assert not at.controller.paths.controller_state.exists()
+        (tmp_path / "word").write_text(ROOT_WORD + "\n")
+        done = appliance(
+            at, "controller", "restore", str(out), "--date", "now", "--passphrase-file", "-",
+            "--root-passphrase-file", str(tmp_path / "word"),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        at.controller.start()
+        view = operator.controller()
+        assert view.root_fingerprint != former
+        assert view.root_is_locked
+        asleep.start()
+        for se in (awake, asleep):
+            at.until_up(se, deadline_s=90)
+        assert not any("root CA was changed" in text for text in operator.status().problems)
+
+
+def trusts(se: RealSe) -> int:
+    """The version of the trust document that an SE stored."""
+    version: int = json.loads(base64.b64decode(se.stored("trust.json")["payload"]))["version"]
+    return version
+
+
+def test_a_backup_from_before_a_change_of_root_is_told_to_be_too_old(tmp_path: Path) -> None:
+    with site(tmp_path / "s") as at:
+        out, operator = tmp_path / "controller.backup", at.controller.operator
+        se = at.se("se-1", settings=QUICK_REFRESH).start()
+        at.until_up(se, deadline_s=90)
+        take_backup(at, out)
+        operator.rotate("ca", "begin")
+        operator.rotate("ca", "finish", force=True)
+        version = operator.controller().trust_version
+        until(lambda: trusts(se) >= version, what="the SE trusts the new root alone", deadline_s=60)
+        assert any("no backup was taken" in text for text in operator.status().problems)
+        operator.sign_audit_head()
+        lose(at)
+        restore(at, out)
+        until(
+            lambda: any("root CA was changed after this backup" in text for text in operator.status().problems),
+            what="the controller says that the backup is too old", deadline_s=90,
+        )  # fmt: skip
+        until(
+            lambda: any(f"seen version {version}" in text for text in operator.recovery().warnings),
+            what="it says which trust document the fleet has seen", deadline_s=90,
+        )  # fmt: skip
+        assert any("rotate-ca begin" in text for text in operator.recovery().warnings)

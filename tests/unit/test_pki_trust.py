@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from appliance.errors import ApplianceError, TrustError
-from appliance.pki.authority import Authority
+from appliance.pki.authority import Authority, Issuer
 from appliance.pki.certificate import certificate_terms
 from appliance.pki.envelope import combine, sign_envelope, verify_envelope
 from appliance.pki.identity import Identity
@@ -308,6 +308,98 @@ def test_an_audit_head_that_is_none(envelope: Envelope, kind: type[ApplianceErro
 
 
 # ------------------------------------------------------------------------------------------ a change of root
+
+
+# --------------------------------------------------------------------------------------- an issuing CA's signature
+
+
+def issuing(authority: Authority = OURS) -> Issuer:
+    made = authority.issue_issuing(now=NOW)
+    return Issuer.load(made.certificate_pem, made.key.reveal())
+
+
+def receipt_by(issuer: Issuer) -> Envelope:
+    return issuer.sign(RECEIPT_TYPE, strict_json.encode(RECEIPT))
+
+
+def test_an_issuing_ca_signs_receipts_and_audit_heads_in_its_roots_name() -> None:
+    issuer = issuing()
+    assert verify_receipt(receipt_by(issuer), [pem(OURS)]) == RECEIPT
+    head = issuer.sign(AUDIT_HEAD_TYPE, strict_json.encode(HEAD))
+    assert verify_audit_head(head, [pem(OURS)]) == HEAD
+    # A root's own signature carries no certificate, as it always did.
+    assert b"cert" not in strict_json.encode(OURS.sign(RECEIPT_TYPE, b"{}"))
+
+
+def test_an_issuing_ca_signs_no_trust_document() -> None:
+    """It lies on a disk in the clear: who takes it must not say whom SEs believe."""
+    signed_ = issuing().sign(TRUST_TYPE, strict_json.encode(DOCUMENT))
+    with pytest.raises(TrustError, match="isn't signed by a root"):
+        verify_trust(signed_, anchors=[pem(OURS)], current=None)
+
+
+def test_a_revoked_issuing_ca_signs_nothing_more() -> None:
+    issuer = issuing()
+    with pytest.raises(TrustError, match="isn't signed by a root"):
+        verify_receipt(receipt_by(issuer), [pem(OURS)], [issuer.key_id])
+    assert verify_receipt(receipt_by(issuing()), [pem(OURS)], [issuer.key_id]) == RECEIPT
+    head = issuer.sign(AUDIT_HEAD_TYPE, strict_json.encode(HEAD))
+    with pytest.raises(TrustError, match="isn't signed by a root"):
+        verify_audit_head(head, [pem(OURS)], {issuer.key_id})
+
+
+def by(forged: Forged, *, cert: bytes | None = None) -> Envelope:
+    assert isinstance(forged.key, ec.EllipticCurvePrivateKey)
+    text = (cert or forged.pem).decode()
+    return sign_envelope(forged.key, RECEIPT_TYPE, strict_json.encode(RECEIPT), certificate_pem=text)
+
+
+CA = {"name": "issuing", "uris": ("appliance://c-1",), "usages": None, "ca": True, "path_length": 0}
+
+
+def _below_an_issuing_ca() -> Envelope:
+    first = forge(root_of(OURS), **CA)  # type: ignore[arg-type]
+    return by(forge(first, **CA))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "envelope",
+    [
+        receipt_by(issuing(THEIRS)),
+        receipt_by(issuing(Authority.create("c-1", now=NOW))),
+        by(forge(root_of(OURS))),  # a node's certificate
+        by(forge(root_of(OURS), **{**CA, "ca": False, "path_length": None})),  # type: ignore[arg-type]
+        by(forge(root_of(OURS), **{**CA, "path_length": None})),  # type: ignore[arg-type]
+        by(forge(root_of(OURS), **{**CA, "path_length": 1})),  # type: ignore[arg-type]
+        by(forge(root_of(OURS), **{**CA, "uris": ("appliance://c-2",)})),  # type: ignore[arg-type]
+        by(forge(root_of(OURS), **{**CA, "uris": ("appliance://c-1/node/1",)})),  # type: ignore[arg-type]
+        _below_an_issuing_ca(),
+        by(forge(None, **CA)),  # type: ignore[arg-type]
+        by(forge(None, **CA), cert=issuing().certificate_pem),  # type: ignore[arg-type]
+    ],
+    ids=[
+        "another cluster", "another root", "node", "no CA", "no path length", "path length 1", "names another cluster",
+        "names a node", "below an issuing CA", "self-signed", "somebody else's certificate",
+    ],
+)  # fmt: skip
+def test_a_certificate_in_an_envelope_that_counts_for_nothing(envelope: Envelope) -> None:
+    with pytest.raises(TrustError, match="isn't signed by a root"):
+        verify_receipt(envelope, [pem(OURS)])
+
+
+def test_a_certificate_in_an_envelope_that_is_none() -> None:
+    garbage = sign_envelope(root_of(THEIRS).key, RECEIPT_TYPE, b"{}", certificate_pem="garbage")  # type: ignore[arg-type]
+    with pytest.raises(TrustError, match="no PEM certificate"):
+        verify_receipt(garbage, [pem(OURS)])
+
+
+def test_an_issuing_cas_certificate_over_anothers_signature_does_not_verify() -> None:
+    issuer = issuing()
+    entry = receipt_by(issuer).signatures[0]
+    stolen = msgspec.structs.replace(receipt_by(issuing()).signatures[0], keyid=entry.keyid, cert=entry.cert)
+    envelope = msgspec.structs.replace(receipt_by(issuer), signatures=[stolen])
+    with pytest.raises(TrustError, match="signature does not verify"):
+        verify_receipt(envelope, [pem(OURS)])
 
 
 def test_two_roots_sign_one_document() -> None:

@@ -55,3 +55,32 @@ def test_a_foreign_system_installs_the_agent_itself(tmp_path: Path, bundle: Path
         vm.wait_for("edge-2 login:")
         vm.power_button()
         vm.wait_off()
+
+
+NEW_INITRD = """#!/bin/sh
+# What `apt upgrade` ends in: another initrd, and the kernel's own hooks.
+set -e
+script=/etc/initramfs-tools/scripts/init-premount/marker
+printf '#!/bin/sh\\n[ "$1" = prereqs ] || echo "marker: the new initrd" >/dev/console\\n' >$script
+chmod 755 $script
+update-initramfs -u
+release=$(uname -r)
+run-parts --exit-on-error --arg="$release" --arg="/boot/vmlinuz-$release" /etc/kernel/postinst.d
+echo "marker: installed" >/dev/ttyS0
+"""
+
+
+@pytest.mark.parametrize("firmware", ["bios", "uefi"])
+def test_what_is_installed_in_a_vm_reaches_the_boot_partition(tmp_path: Path, bundle: Path, firmware: Firmware) -> None:
+    hook = tmp_path / "install.sh"
+    hook.write_text(NEW_INITRD)
+    image_builder(
+        "build", "--name", "se", "--bundle", bundle, "--seed-name", "edge-1", "--agent-directory", AGENT,
+        "--output-directory", tmp_path, "--hook", hook,
+    )  # fmt: skip
+    with Vm(tmp_path, tmp_path / "se.qcow2", firmware=firmware) as vm:
+        vm.wait_for("marker: installed", deadline_s=900)
+        assert "marker: the new initrd" not in vm.console()
+        vm.reset()  # a power cut: what was written is there
+        vm.wait_for("marker: the new initrd")
+        vm.wait_for("edge-1 login:", count=2)

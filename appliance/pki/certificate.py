@@ -5,6 +5,8 @@ The cluster and the node stand in a URI name: `appliance://<cluster-id>` on a ro
 
 Foreign bytes are parsed under `except Exception`: cryptography raises a dozen unrelated kinds for them (a certificate
 whose version number is 2 raises `InvalidVersion`, which is no `ValueError`).
+
+`cryptography.x509` is loaded by who reads one: it costs 1.1 MB, and an SE with a link seldom does.
 """
 
 from __future__ import annotations
@@ -12,14 +14,15 @@ from __future__ import annotations
 import datetime as dt
 import hashlib
 import re
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.types import CertificatePublicKeyTypes
-from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from appliance.errors import TrustError
+
+if TYPE_CHECKING:
+    from cryptography import x509
 
 URI_SCHEME: Final = "appliance://"
 CLUSTER_ID: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,53}")
@@ -59,6 +62,8 @@ def key_id(key: CertificatePublicKeyTypes) -> str:
 
 def load_pem(pem: str | bytes) -> x509.Certificate:
     """Loads a PEM text that holds exactly one certificate. Raises `TrustError`."""
+    from cryptography import x509
+
     raw = pem.encode() if isinstance(pem, str) else pem
     try:
         found = x509.load_pem_x509_certificates(raw)
@@ -79,6 +84,8 @@ def first_of(chain_pem: bytes) -> bytes:
 
 def load_der(der: bytes) -> x509.Certificate:
     """Loads a DER certificate. Raises `TrustError`."""
+    from cryptography import x509
+
     try:
         return x509.load_der_x509_certificate(der)
     except Exception:  # noqa: BLE001 - foreign bytes, see above
@@ -99,6 +106,8 @@ def terms_of(certificate: x509.Certificate) -> CertificateTerms:
     Raises:
         TrustError: it can't be read, or names two clusters.
     """
+    from cryptography import x509
+
     try:
         extensions = certificate.extensions
         subject = certificate.subject.rfc4514_string()
@@ -116,7 +125,7 @@ def terms_of(certificate: x509.Certificate) -> CertificateTerms:
             case x509.BasicConstraints(ca=ca, path_length=length):
                 is_authority, path_length = ca, length
             case x509.ExtendedKeyUsage() as usages:
-                serves_tls = ExtendedKeyUsageOID.SERVER_AUTH in usages
+                serves_tls = x509.oid.ExtendedKeyUsageOID.SERVER_AUTH in usages
     if len(uris) > 1:
         raise TrustError(f"the certificate names {len(uris)} clusters or nodes, at most 1 expected")
     match_ = _URI.fullmatch(uris[0]) if uris else None

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from typing import Any
+from typing import Any, cast
 
 import asyncssh
 from asyncssh.connection import SSHConnection
+
+from appliance.controller.slots import Slots
+from appliance.protocol.tunnel import slot_line
 
 MSG_IGNORE = 2
 BACKLOG = 4096
@@ -41,9 +44,25 @@ class GatewayConnection(Plain, asyncssh.SSHServerConnection):
         """There is no configuration file; the options of the listener hold for all."""
 
 
-async def listen(sock: socket.socket, **terms: Any) -> asyncssh.SSHAcceptor:
-    """Accepts connections on a bound socket; `terms` are those of `asyncssh.SSHServerConnectionOptions`."""
+class _TurnedAway(asyncio.Protocol):
+    """A connection that is told when to come back, and closed."""
+
+    def __init__(self, wait_s: float) -> None:
+        self._wait_s = wait_s
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        cast("asyncio.Transport", transport).write(slot_line(self._wait_s))
+        transport.close()
+
+
+async def listen(sock: socket.socket, slots: Slots, **terms: Any) -> asyncssh.SSHAcceptor:
+    """Accepts connections on a bound socket, as `slots` says; `terms` are of `asyncssh.SSHServerConnectionOptions`."""
     loop = asyncio.get_running_loop()
     options = asyncssh.SSHServerConnectionOptions(config=None, **terms)
-    server = await loop.create_server(lambda: GatewayConnection(loop, options), sock=sock, backlog=BACKLOG)
+
+    def accept() -> asyncio.Protocol:
+        wait_s = slots.enter(loop.time())
+        return _TurnedAway(wait_s) if wait_s else GatewayConnection(loop, options)
+
+    server = await loop.create_server(accept, sock=sock, backlog=BACKLOG)
     return asyncssh.SSHAcceptor(server, options)

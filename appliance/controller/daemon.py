@@ -108,6 +108,7 @@ class Controller:
             ("enroll", listener.run()),
             ("reverse", parts.reverse.run(parts.sockets.reverse)),
             ("watch", parts.fleet.watch()),
+            ("slots", parts.gateway.keep_slots()),
             ("tending", self._tend()),
             ("safekeeping", parts.kept.run()),
             ("renewal", parts.renewal.run()),

@@ -191,6 +191,8 @@ class Fleet:
         now = self._monotonic()
         self.seen(link)
         link.heartbeats += 1
+        if link.heartbeats == 1:
+            link.on_up()
         self.heartbeats += 1
         if rtt_s > 0:
             link.rtt.add(rtt_s, now)

@@ -6,6 +6,7 @@ Holds what the fleet's state is derived from. Decides nothing; who changes what 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from appliance.controller.rate import Bucket
@@ -67,6 +68,7 @@ class Link:
         "lost_reason",
         "lost_text",
         "machine",
+        "on_up",
         "open_doors",
         "opened_at",
         "probes",
@@ -128,6 +130,8 @@ class Link:
         self.quarantined = False
         self.rolled_back = False
         """Admitted with an older ticket than the newest one known."""
+        self.on_up: Callable[[], None] = lambda: None
+        """Called at the first heartbeat."""
         self.heartbeats = 0
         self.beats = Bucket(HEARTBEAT_BURST, now)
         """What it may still send of heartbeats."""

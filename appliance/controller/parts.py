@@ -323,6 +323,7 @@ class Parts:
     def _refused(self) -> dict[str, int]:
         """Whom the limits turned away, by reason, since the start."""
         found = {f"gateway-{kind}": count for kind, count in self.gateway.refusals.items()}
+        found["gateway-slot"] = self.gateway.slots.shed
         found |= {f"reverse-{kind}": count for kind, count in self.reverse.refusals.items()}
         found |= {f"link-{kind}": count for kind, count in self.fleet.refusals.items()}
         fronts = {"enroll": self.enroll_front, "channel": self.channel_front, "operator": self.operator_front}

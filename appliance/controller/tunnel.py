@@ -29,6 +29,7 @@ from appliance.controller.fleet import Fleet
 from appliance.controller.link import Link
 from appliance.controller.listener import FrontEnd, peer_address
 from appliance.controller.rate import network_of
+from appliance.controller.slots import TICK_S, Slots
 from appliance.controller.splice import MIN_PACKET_BYTES, SshEnd, TcpEnd, has_tiny_packets
 from appliance.errors import TrustError
 from appliance.pki import ssh_keys
@@ -125,6 +126,7 @@ class Gateway:
         self.wall = wall
         self.monotonic = monotonic
         self.draining = False
+        self.slots = Slots()
         self.link_ids = itertools.count(1)
         self.unauthenticated: Counter[str] = Counter()
         self.links = 0
@@ -139,6 +141,7 @@ class Gateway:
         kex = list(tunnel.KEX) + (list(tunnel.KEX_FALLBACK) if self.terms.allow_curve25519 else [])
         return await listen(
             sock,
+            self.slots,
             server_factory=lambda: Peer(self),
             server_host_keys=[str(host_key)],
             server_version="appliance",
@@ -158,6 +161,14 @@ class Gateway:
             login_timeout=self.terms.login_timeout_s,
         )
 
+    async def keep_slots(self) -> None:
+        """Tells the slots how far the loop is behind, until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            began = loop.time()
+            await asyncio.sleep(TICK_S)
+            self.slots.tick(loop.time() - began - TICK_S)
+
 
 class Peer(asyncssh.SSHServer):
     """One incoming connection: unauthenticated first, a link afterwards."""
@@ -170,6 +181,12 @@ class Peer(asyncssh.SSHServer):
         self._se_id = ""
         self._thumbprint = ""
         self._link: Link | None = None
+        self._has_slot = True
+
+    def _leave_slot(self) -> None:
+        if self._has_slot:
+            self._has_slot = False
+            self._gateway.slots.leave()
 
     # Connection and log-in.
 
@@ -257,6 +274,7 @@ class Peer(asyncssh.SSHServer):
             source=self._source,
             now=gateway.monotonic(),
         )
+        self._link.on_up = self._leave_slot
         gateway.links += 1
         gateway.empty.clear()
         gateway.fleet.opened(self._link)
@@ -272,6 +290,7 @@ class Peer(asyncssh.SSHServer):
             link.close(Reason.LINK_LOST, "no hello was accepted on the link")
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._leave_slot()
         self._no_longer_waiting()
         link, self._link = self._link, None
         if link is not None:

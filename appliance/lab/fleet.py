@@ -19,6 +19,7 @@ import msgspec
 
 from appliance.errors import ApplianceError, EnrollError
 from appliance.lab.simulated import Beats, SimulatedSe
+from appliance.lab.simulated_link import TurnError
 from appliance.protocol import telemetry
 from appliance.protocol.seed import Bundle
 from appliance.protocol.telemetry import Sample
@@ -28,7 +29,6 @@ from appliance.runtime.host import Host
 _log = logging.getLogger(__name__)
 
 ENROLL_AT_ONCE = 16
-LINK_AT_ONCE = 32
 LINK_TIMEOUT_S = 30.0
 BEAT_TIMEOUT_S = 9.0
 TELEMETRY_S = 10.0
@@ -130,8 +130,7 @@ class Fleet:
             enrolled = [se for se in self.ses if se.grant is not None]
             began = time.monotonic()
             ready = [asyncio.Event() for _ in enrolled]
-            turns = asyncio.Semaphore(LINK_AT_ONCE)
-            tasks = [asyncio.create_task(self._live(se, up, turns)) for se, up in zip(enrolled, ready, strict=True)]
+            tasks = [asyncio.create_task(self._live(se, up)) for se, up in zip(enrolled, ready, strict=True)]
             await self._all("linked", len(ready) or 1, [self._until(up) for up in ready])
             link_s = time.monotonic() - began
             await self._wait(WARM_UP_S)
@@ -204,14 +203,19 @@ class Fleet:
                 self._refusals[type(error).__name__] = self._refusals.get(type(error).__name__, 0) + 1
             await self._wait(backoff.next_s())
 
-    async def _live(self, se: SimulatedSe, up: asyncio.Event, turns: asyncio.Semaphore) -> None:
+    async def _live(self, se: SimulatedSe, up: asyncio.Event) -> None:
         """Links, beats, redials, for ever."""
         backoff = Backoff()
         while True:
             try:
-                async with turns, asyncio.timeout(LINK_TIMEOUT_S):
+                async with asyncio.timeout(LINK_TIMEOUT_S):
                     await se.link()
                     await se.beat(telemetry=True)
+            except TurnError as error:
+                self._refusals["slot"] = self._refusals.get("slot", 0) + 1
+                se.close()
+                await asyncio.sleep(error.wait_s)
+                continue
             except (ApplianceError, asyncssh.Error, OSError, TimeoutError, asyncio.IncompleteReadError) as error:
                 self._refusals[type(error).__name__] = self._refusals.get(type(error).__name__, 0) + 1
                 se.close()

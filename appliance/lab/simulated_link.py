@@ -14,12 +14,30 @@ from collections.abc import Sequence
 import asyncssh
 
 from appliance.controller.connection import Plain
+from appliance.errors import TunnelError
 from appliance.pki.identity import Identity
 from appliance.protocol import tunnel
 
 
+class TurnError(TunnelError):
+    """The gateway has too many log-ins; its slot for this one is in `wait_s` seconds."""
+
+    def __init__(self, wait_s: float) -> None:
+        super().__init__(f"the gateway is busy; our turn is in {wait_s:.1f} s")
+        self.wait_s = wait_s
+
+
 class _Connection(Plain, asyncssh.SSHClientConnection):
     """One link."""
+
+    slot_s: float | None = None
+    _has_heard = False
+
+    def data_received(self, data: bytes, datatype: asyncssh.DataType = None) -> None:
+        if not self._has_heard:
+            self._has_heard = True
+            self.slot_s = tunnel.read_slot(data)
+        super().data_received(data, datatype)
 
 
 class _LogIn(asyncssh.SSHClient):
@@ -59,13 +77,14 @@ async def connect(
     """Logs in at a gateway that shows one of `host_keys`.
 
     Raises:
+        TurnError: the gateway has no time now.
         OSError, asyncssh.Error, TimeoutError: no link within `timeout_s`.
     """
     loop = asyncio.get_running_loop()
     options = copy.copy(_options(user, tuple(host_keys)))
     options.waiter = loop.create_future()
     options.protocol_factory = lambda: _LogIn(_key(identity))
-    connection: asyncssh.SSHClientConnection | None = None
+    connection: _Connection | None = None
     try:
         async with asyncio.timeout(timeout_s):
             _, connection = await loop.create_connection(lambda: _Connection(loop, options, wait="auth"), host, port)
@@ -73,5 +92,7 @@ async def connect(
     except BaseException:
         if connection is not None:
             connection.abort()
+            if connection.slot_s is not None:
+                raise TurnError(connection.slot_s) from None
         raise
     return connection

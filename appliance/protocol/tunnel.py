@@ -33,6 +33,7 @@ is read before anything is agreed on. What each number added:
 from __future__ import annotations
 
 import enum
+import re
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -76,6 +77,9 @@ LARGE_FLEET = 2000
 """SEs above which the heartbeat interval doubles."""
 STEADY_AFTER_S = 30.0
 """A link that lived this long resets the back-off."""
+MAX_SLOT_S = 60.0
+"""The latest that a gateway may ask an SE to come back: nobody proved anything yet when it does."""
+_SLOT = re.compile(rb"appliance-slot: ([0-9]{1,5}) ms\r\n")
 
 
 class Door(enum.StrEnum):
@@ -110,6 +114,18 @@ def agree(theirs: int) -> int | None:
     """
     spoken = min(theirs, PROTOCOL_NUMBER)
     return spoken if spoken >= max(theirs - 1, OLDEST_PROTOCOL_NUMBER) else None
+
+
+def slot_line(wait_s: float) -> bytes:
+    """What a gateway that is too busy says in place of its version, before it hangs up (RFC 4253 section 4.2 lets a
+    server send other lines first): the SE's turn is in `wait_s` seconds."""
+    return b"appliance-slot: %d ms\r\n" % round(min(max(wait_s, 0.0), MAX_SLOT_S) * 1000)
+
+
+def read_slot(received: bytes) -> float | None:
+    """Returns after how many seconds to come back where a gateway's first bytes say so, else None."""
+    found = _SLOT.fullmatch(received)
+    return min(int(found[1]) / 1000, MAX_SLOT_S) if found else None
 
 
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -170,9 +170,10 @@ class Links:
                 self._there_at = self._clock.monotonic()
                 if self._clock.monotonic() - started >= STEADY_AFTER_S:
                     backoff.reset()
-            else:
+            elif link.slot_s is None:
                 turn += 1
-            line.stop.wait(backoff.next_s())
+            # A slot is no failure: it is obeyed as it is, and the back-off doesn't grow.
+            line.stop.wait(backoff.next_s() if link.slot_s is None else link.slot_s)
 
     def _lost(self, link: Link, node: TrustNode, error: ApplianceError) -> None:
         self._log.warning(

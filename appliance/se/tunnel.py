@@ -203,6 +203,8 @@ class Link:
         self._interval_s = caller.grant.heartbeat_interval_s
         self._until_telemetry = 0
         self._is_key_due = False
+        self.slot_s: float | None = None
+        """When the gateway asked to come back, seconds after the end of `run`; None where it didn't."""
         self._protocol = said.PROTOCOL_NUMBER
         """What both sides speak, once hello was answered."""
         self._open_doors: list[said.Door] = []
@@ -250,6 +252,10 @@ class Link:
         try:
             self._serve(connection, guard)
         except TunnelError as error:
+            if wire.slot_s is not None:
+                self.slot_s = wire.slot_s
+                text = f"the controller has more log-ins than it can do; our turn is in {wire.slot_s:.1f} s"
+                raise TunnelError(text, hint="nothing to do: the SE comes back then", code="TUNNEL-046") from None
             if not guard.reason:
                 raise
             # What the link's thread saw is only the closed connection; the guard knows why it was closed.

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from appliance.errors import TunnelError, UnreachableError
 from appliance.protocol.address import parse_endpoint
+from appliance.protocol.tunnel import read_slot
 from appliance.runtime.clock import Clock
 from appliance.runtime.stop import StopToken
 
@@ -81,6 +82,8 @@ class Wire:
         """When the last byte came, monotonic seconds."""
         self.received_bytes = 0
         self.sent_bytes = 0
+        self.slot_s: float | None = None
+        """When the gateway asked to come back, seconds from then; None where it didn't."""
         self.closed = False
         self.on_close: Callable[[], None] = lambda: None
         """Called by each `close`; paramiko closes its socket when the peer did, or broke the protocol."""
@@ -101,6 +104,10 @@ class Wire:
         """Returns up to `count` bytes, b"" at the end. Raises `TimeoutError` when it is time to look again."""
         received = self._sock.recv(count)
         if received:
+            if not self.received_bytes and (slot_s := read_slot(received)) is not None:
+                self.slot_s = slot_s
+                self.close()
+                raise TunnelError(f"the controller is busy; our turn is in {slot_s:.1f} s")
             self.received_at = self._clock.monotonic()
             self.received_bytes += len(received)
             if self._budget_bytes is not None and self.received_bytes > self._budget_bytes:

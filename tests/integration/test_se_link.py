@@ -604,3 +604,19 @@ def _quiet() -> Any:
 
 
 _Quiet = _quiet()
+
+
+def test_a_slot_is_told_and_kept(stand: Stand) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as gateway:
+
+        def turn_away() -> None:
+            connection, _ = gateway.accept()
+            with connection:
+                connection.sendall(said.slot_line(12.5))
+
+        busy = threading.Thread(target=turn_away)
+        busy.start()
+        link = stand.dial(f"127.0.0.1:{gateway.getsockname()[1]}")
+        assert stand.lost().code == "TUNNEL-046"
+        busy.join(10)
+        assert link.slot_s == 12.5

@@ -16,12 +16,14 @@ from bench.report import Progress, Report, combine, dated, table
 from bench.stand import Options, Stand
 
 BENCHES = ("start", "enroll", "agent", "recovery", "fleet", "image")
+BY_NAME_ONLY = ("growth", "loaded")
+"""Not among `all`: they take too long."""
 BUSY_LOAD = 0.5
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench", description="Measures the product beside a peer.")
-    parser.add_argument("name", choices=[*BENCHES, "all"], help="which bench")
+    parser.add_argument("name", choices=[*BENCHES, *BY_NAME_ONLY, "all"], help="which bench")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--source", action="store_true", help="measure the sources instead of the frozen executables")
     parser.add_argument("--ses", type=int, default=1000, help="fleet: how many SEs (1000)")

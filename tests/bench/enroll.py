@@ -40,7 +40,7 @@ def run(stand: Stand, options: Options) -> Report:
         with stand.controller(place / "rate", settings=_UNLIMITED) as controller:
             stand.say(f"{options.count} enrollments by {CLIENTS} clients")
             theirs_s, ours_s = cpu_s([controller.pid]), time.process_time()
-            took_s, each_s = uvloop.run(_enroll(controller, options.count))
+            took_s, each_s = uvloop.run(enroll_many(controller, options.count))
             theirs_s, ours_s = cpu_s([controller.pid]) - theirs_s, time.process_time() - ours_s
         rows = [
             Row(name="enroll.per_s", value=round(options.count / took_s, 1), unit="1/s", goal=100, better="high"),
@@ -61,7 +61,7 @@ def run(stand: Stand, options: Options) -> Report:
         tracer = ["strace", "-f", "-e", "trace=fsync,fdatasync", "-o", str(log)]
         with stand.controller(place / "count", settings=_UNLIMITED, tracer=tracer) as controller:
             before = _syncs(log)
-            uvloop.run(_enroll(controller, COUNTED))
+            uvloop.run(enroll_many(controller, COUNTED))
             counted = _syncs(log) - before
         rows.append(Row(name="enroll.fsyncs", value=counted / COUNTED, unit="1/enrollment", better="low"))
         notes.append(f"fsyncs: {counted} fsync and fdatasync calls of the controller in {COUNTED} enrollments")
@@ -72,18 +72,18 @@ def _syncs(log: Path) -> int:
     return len(_SYNC.findall(log.read_bytes()))
 
 
-async def _enroll(controller: Controller, count: int) -> tuple[float, list[float]]:
+async def enroll_many(controller: Controller, count: int, *, clients: int = CLIENTS) -> tuple[float, list[float]]:
     """Returns the seconds that all took, and that each took."""
-    bundle = msgspec.json.decode(controller.bundle(uses=count + CLIENTS).read_bytes(), type=Bundle)
+    bundle = msgspec.json.decode(controller.bundle(uses=count + clients).read_bytes(), type=Bundle)
     key = asyncssh.generate_private_key("ssh-ed25519")
     line = " ".join(key.export_public_key("openssh").decode().split()[:2])
     ses = [
         SimulatedSe(bundle, name=f"bench-{index}", host_key=line, sshd_port=0, beats=Beats())
-        for index in range(count + CLIENTS)
+        for index in range(count + clients)
     ]
     # connections, prepared statements and pages that only the first ones have to wait for
-    await asyncio.gather(*(se.enroll() for se in ses[:CLIENTS]))
-    waiting = iter(ses[CLIENTS:])
+    await asyncio.gather(*(se.enroll() for se in ses[:clients]))
+    waiting = iter(ses[clients:])
     each_s: list[float] = []
 
     async def client() -> None:
@@ -94,5 +94,5 @@ async def _enroll(controller: Controller, count: int) -> tuple[float, list[float
 
     began = time.perf_counter()
     async with asyncio.timeout(300):
-        await asyncio.gather(*(client() for _ in range(CLIENTS)))
+        await asyncio.gather(*(client() for _ in range(clients)))
     return time.perf_counter() - began, each_s

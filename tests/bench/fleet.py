@@ -53,7 +53,7 @@ PATIENCE_S = 60.0
 SETTLE_S = 15.0
 """After the last SE came up: `lab fleet` begins to count, and the reverse paths' checks are over."""
 PEER_LINKS = 200
-_SETTINGS = {
+SETTINGS = {
     "enroll_rate_per_s": 100_000.0, "enroll_burst": 100_000, "source_rate_per_s": 100_000.0, "source_burst": 100_000,
     "max_unauthenticated": 20_000, "max_unauthenticated_per_source": 20_000,
 }  # fmt: skip
@@ -144,24 +144,24 @@ def run(stand: Stand, options: Options) -> Report:
 
 def _fleet(stand: Stand, root: Path, options: Options) -> tuple[_Measured, FleetReport]:
     with ExitStack() as stack:
-        controller = stack.enter_context(stand.controller(root, settings=_SETTINGS))
+        controller = stack.enter_context(stand.controller(root, settings=SETTINGS))
         empty_bytes = resident_bytes([controller.pid, *children(controller.pid)])
         began = time.monotonic()
-        process, log = stack.enter_context(_running(stand, controller, options.ses))
-        up_after_s = _await_up(stand, controller, options.ses, process, log) - began
+        process, log = stack.enter_context(running(stand, controller, options.ses))
+        up_after_s = await_up(stand, controller, options.ses, process, log) - began
         stand.say(f"{options.ses} SEs UP after {up_after_s:.1f} s; settling for {SETTLE_S:.0f} s")
-        _pass(SETTLE_S, process, log)
+        pass_time(SETTLE_S, process, log)
         storm = None
         if options.storm:
             stand.say("killing the controller")
             os.kill(controller.pid, signal.SIGKILL)
             began = time.monotonic()
             controller = stack.enter_context(stand.running(root))
-            up_s = _await_up(stand, controller, options.ses, process, log) - began
+            up_s = await_up(stand, controller, options.ses, process, log) - began
             states = controller.operator.status().states
             storm = _Storm(up_s=up_s, left_out=options.ses - _up(controller), degraded=states.get("DEGRADED", 0))
             stand.say(f"{_up(controller)} SEs back after {up_s:.1f} s; settling for {SETTLE_S:.0f} s")
-            _pass(SETTLE_S, process, log)
+            pass_time(SETTLE_S, process, log)
         process.send_signal(signal.SIGUSR1)  # its measured time begins
         stand.say(f"measuring for {options.seconds:.0f} s")
         measured = _steady(controller, options, process, log)
@@ -174,9 +174,9 @@ def _fleet(stand: Stand, root: Path, options: Options) -> tuple[_Measured, Fleet
 def _steady(controller: Controller, options: Options, process: subprocess.Popen[bytes], log: Path) -> _Measured:
     pids = [controller.pid, *children(controller.pid)]
     before, at = cpu_s(pids), time.monotonic()
-    _pass(min(60.0, options.seconds / 2), process, log)
+    pass_time(min(60.0, options.seconds / 2), process, log)
     first_bytes = resident_bytes(pids)
-    _pass(max(0.0, at + options.seconds - time.monotonic()), process, log)
+    pass_time(max(0.0, at + options.seconds - time.monotonic()), process, log)
     used_s, took_s = cpu_s(pids) - before, time.monotonic() - at
     last_bytes = resident_bytes(pids)
     asked = time.monotonic()
@@ -191,7 +191,7 @@ def _steady(controller: Controller, options: Options, process: subprocess.Popen[
 
 
 @contextmanager
-def _running(stand: Stand, controller: Controller, ses: int) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+def running(stand: Stand, controller: Controller, ses: int) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
     log = controller.paths.root / "fleet.log"
     command = [
         *stand.program, "lab", "fleet", "--ses", str(ses), "--bundle", str(controller.bundle(uses=ses)),
@@ -211,12 +211,12 @@ def _up(controller: Controller) -> int:
     return sum(states.get(state, 0) for state in WORKING)
 
 
-def _await_up(stand: Stand, controller: Controller, ses: int, process: subprocess.Popen[bytes], log: Path) -> float:
+def await_up(stand: Stand, controller: Controller, ses: int, process: subprocess.Popen[bytes], log: Path) -> float:
     """Returns when (monotonic) the last SE came up. Gives up where nothing more comes for a minute."""
     best, told, progress_at = -1, 0.0, time.monotonic()
     while best < ses:
         # Asking costs the controller time in proportion to the fleet.
-        _pass(max(0.25, ses / 5000), process, log)
+        pass_time(max(0.25, ses / 5000), process, log)
         try:
             up = _up(controller)
         except ApplianceError as error:
@@ -234,7 +234,7 @@ def _await_up(stand: Stand, controller: Controller, ses: int, process: subproces
     return progress_at
 
 
-def _pass(seconds: float, process: subprocess.Popen[bytes], log: Path) -> None:
+def pass_time(seconds: float, process: subprocess.Popen[bytes], log: Path) -> None:
     """Lets time pass while the fleet lives."""
     try:
         process.wait(seconds)

@@ -1,0 +1,71 @@
+"""Enrollments beside a fleet that is UP: how many a second, and what the fleet's heartbeats feel of it."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import msgspec
+import uvloop
+
+from appliance.lab.fleet import FleetReport, percentile
+from bench import fleet
+from bench.enroll import enroll_many
+from bench.processes import cpu_s
+from bench.report import Report, Row
+from bench.stand import Options, Stand
+
+CLIENTS = 16
+RATE_GOAL_PER_S = 200
+
+
+def run(stand: Stand, options: Options) -> Report:
+    """Brings a fleet up, measures its heartbeats in quiet, then beside enrollments."""
+    quiet, _, _ = _measured(stand, options, count=0)
+    beside, took_s, each_s = _measured(stand, options, count=options.count)
+    return Report(
+        bench="loaded",
+        rows=[
+            Row(
+                name="enroll.per_s_loaded", value=round(options.count / took_s, 1), unit="1/s", goal=RATE_GOAL_PER_S,
+                better="high",
+            ),
+            Row(name="enroll.p99_ms_loaded", value=round(percentile(each_s, 0.99) * 1000, 1), unit="ms", better="low"),
+            Row(
+                name="fleet.heartbeat_p99_ms_loaded", value=round(beside.heartbeat_p99_ms, 2), unit="ms",
+                goal=round(2 * quiet.heartbeat_p99_ms, 2), better="low",
+            ),
+            Row(
+                name="fleet.lost_heartbeats_loaded", value=beside.lost_heartbeats, unit="heartbeats", goal=0,
+                better="low",
+            ),
+        ],
+        notes=[
+            f"{stand.what}; {options.ses} SEs UP, {options.count} enrollments by {CLIENTS} clients, all on these cores",
+            f"in quiet the fleet's heartbeats had a p99 of {quiet.heartbeat_p99_ms:.1f} ms; the goal is twice that",
+        ],
+    )  # fmt: skip
+
+
+def _measured(stand: Stand, options: Options, *, count: int) -> tuple[FleetReport, float, list[float]]:
+    with (
+        stand.place() as place,
+        stand.controller(place / "controller", settings=fleet.SETTINGS) as controller,
+        fleet.running(stand, controller, options.ses) as (process, log),
+    ):
+        fleet.await_up(stand, controller, options.ses, process, log)
+        fleet.pass_time(fleet.SETTLE_S, process, log)
+        process.send_signal(signal.SIGUSR1)
+        used_s, began = cpu_s([controller.pid]), time.monotonic()
+        each_s: list[float] = []
+        if count:
+            stand.say(f"{count} enrollments by {CLIENTS} clients")
+            _, each_s = uvloop.run(enroll_many(controller, count, clients=CLIENTS))
+        else:
+            stand.say(f"measuring for {options.seconds:.0f} s")
+            fleet.pass_time(options.seconds, process, log)
+        took_s = time.monotonic() - began
+        stand.say(f"the controller took {(cpu_s([controller.pid]) - used_s) / took_s * 100:.0f} % of a core")
+        process.send_signal(signal.SIGINT)
+        told, _ = process.communicate(timeout=120)
+    return msgspec.json.decode(told, type=FleetReport), took_s, each_s

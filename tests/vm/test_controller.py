@@ -155,7 +155,7 @@ def test_an_operator_makes_it_a_controller(shell: Shell) -> None:
     unit = shown(shell, DAEMON, "Type", "SubState", "StatusText", "MainPID", "User", "WatchdogUSec")
     assert (unit["Type"], unit["SubState"], unit["WatchdogUSec"]) == ("notify", "running", "30s")
     assert "enroll 8443, ssh 22, reverse 5097" in unit["StatusText"]
-    assert shell.out(f"ps -o user= -p {unit['MainPID']}") == "avictlruser"
+    assert shell.out(f"stat --format=%U /proc/{unit['MainPID']}") == "avictlruser"
     assert shell.json("appliance controller show")["addresses"] == [ADDRESS]
     found = shell.json("appliance doctor")
     assert found["ok"], found
@@ -183,7 +183,7 @@ def test_sockets_are_held_while_the_daemon_is_away_and_a_call_starts_it(shell: S
     shell.run(f"systemctl stop {DAEMON}")
     held = listeners(shell)
     assert {port: held[port] for port in PORTS} == {port: {"systemd"} for port in PORTS}
-    shell.run("timeout 60 bash -c 'exec 3<>/dev/tcp/127.0.0.1/22; head -c 7 <&3' | grep -q SSH-2.0")
+    shell.run("timeout 400 bash -c 'exec 3<>/dev/tcp/127.0.0.1/22; head -c 7 <&3' | grep -q SSH-2.0")
     assert states(shell, DAEMON)[DAEMON] == ("enabled", "active")
 
 
@@ -194,7 +194,7 @@ def test_a_hanging_daemon_is_killed_by_the_watchdog_and_comes_back(shell: Shell)
     shell.until(
         f"systemctl show {DAEMON} --property=NRestarts,SubState",
         shows=f"NRestarts={int(before['NRestarts']) + 1}\nSubState=running",
-        deadline_s=240,
+        deadline_s=900,
     )
     assert shown(shell, DAEMON, "MainPID")["MainPID"] != before["MainPID"]
     assert "Watchdog timeout" in shell.out(f"journalctl --unit={DAEMON} --no-pager --lines=60")
@@ -293,8 +293,8 @@ def test_an_se_in_another_vm_is_up_and_again_after_the_controllers_reboot(
 
             shell.run("systemctl reboot", check=False)
             shell.hang_up()
-            shell.wait(deadline_s=SLOW_S)
-            assert shell.out("cat /proc/sys/kernel/random/boot_id") != boot
+            asked = f"test $(cat /proc/sys/kernel/random/boot_id) != {boot} && echo anew"
+            shell.until(asked, shows="anew", deadline_s=SLOW_S)
             wait_up(shell)
             over_the_reverse_path(shell, address)
             assert shell.json("appliance se list")[0]["enrolled_at"] == enrolled_at

@@ -158,7 +158,8 @@ def test_other_users_keys_and_methods_are_refused(controller: RunningController)
 
 def test_only_the_agreed_key_exchange_is_offered(controller: RunningController) -> None:
     async def go() -> None:
-        with pytest.raises(asyncssh.KeyExchangeFailed):
+        # The gateway hangs up too; what it offered may be lost with that.
+        with pytest.raises((asyncssh.KeyExchangeFailed, asyncssh.ConnectionLost)):
             await asyncssh.connect(
                 "127.0.0.1", controller.ssh_port, kex_algs=["curve25519-sha256"], known_hosts=None, config=None
             )

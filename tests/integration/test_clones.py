@@ -94,17 +94,18 @@ def test_a_copied_key_that_comes_while_the_first_is_off_betrays_itself_when_that
         await copy.beat()
         assert told(controller, first) == ["se.rolled-back"]
         assert controller.operator.se("key-alone").alarms
-        # The first one shows the ticket that was current before: there are two, and the operator has both names.
-        assert (await first.link()).quarantined
-        await until_async(lambda: controller.state("key-alone") == "UP CLONE", what="the alarm")
-        assert told(controller, first) == ["se.rolled-back", "se.clone"]
-        # He finds out which is the copy, switches it off and releases: the first to come back is the SE.
+        # The copy is off by now. The first one shows the ticket that was current before it: so there are two.
         copy.close()
+        await until_async(lambda: controller.operator.se("key-alone").summary.rtt_s is None, what="the copy is off")
+        assert (await first.link()).quarantined
+        await until_async(lambda: controller.state("key-alone") == "QUARANTINED CLONE", what="the alarm")
+        assert told(controller, first) == ["se.rolled-back", "se.clone"]
+        # The operator finds out which is the copy, and releases: the first to come back is the SE.
         first.close()
         controller.command("se", "release", "key-alone", "--reason", "the copy is off")
         assert not (await first.link()).quarantined
         await first.beat()
-        await until_async(lambda: controller.state("key-alone") == "UP OK", what="UP")
+        await until_async(lambda: controller.state("key-alone") == "UP OK", what="UP", deadline_s=60)
         assert not controller.operator.se("key-alone").alarms
 
     run(work)

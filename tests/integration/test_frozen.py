@@ -16,9 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from rig import core_limit, free_ports, leaves_core, until
 
 from appliance import __version__
+from appliance.paths import Paths
 
 pytestmark = pytest.mark.frozen
 
@@ -63,6 +66,38 @@ def test_every_command_has_its_help(form: str) -> None:
     assert {"run", "mode", "lab", "why", "version"} <= set(nouns)
     for noun in nouns:
         assert f"appliance {noun}" in run(appliance, noun, "--help")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_daemon_leaves_its_keys_in_no_core_file(form: str, tmp_path: Path) -> None:
+    """The frozen program as well: its bootloader, or what it bundles, might undo what the program forbids."""
+    paths, appliance = Paths(tmp_path / "root"), program("appliance", form)
+    enroll_port, ssh_port = free_ports(2)
+    paths.settings_file.parent.mkdir(parents=True)
+    paths.settings_file.write_text(
+        f'[controller]\nenroll_listen = "127.0.0.1:{enroll_port}"\nssh_listen = "127.0.0.1:{ssh_port}"\n'
+        'reverse_port = 0\nmetrics_listen = "127.0.0.1:0"\n'
+    )
+    at = ("--root", paths.root)
+    run(appliance, *at, "controller", "init", "--address", "127.0.0.1", "--date", "now")
+    run(appliance, *at, "mode", "set", "controller")
+    line = [str(word) for word in (appliance, *at, "run")]
+    process = subprocess.Popen(line, cwd=tmp_path, stdin=subprocess.DEVNULL, env={"PATH": "/usr/bin:/bin"})
+    try:
+        until(paths.controller_file.exists, what="the controller listens", deadline_s=60)
+        daemon = json.loads(paths.controller_file.read_text())["pid"]
+        assert core_limit(daemon) == (0, 0)
+        if form == "directory":
+            assert daemon == process.pid
+            assert not leaves_core(process)
+        else:  # a child of the bootloader, which holds no key
+            assert daemon in {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
+            process.terminate()
+            assert process.wait(30) == 0
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 def test_one_file_unpacks_where_tmpdir_says_and_cleans_up(tmp_path: Path) -> None:

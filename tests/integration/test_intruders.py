@@ -8,6 +8,8 @@ taken out.
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -353,8 +355,10 @@ def test_certificates_and_rsa_are_refused_whoever_signed(stock: RunningControlle
 def test_an_rsa_key_never_becomes_an_ses(controller: RunningController) -> None:
     """The gateway would otherwise have to know SHA-1 from SHA-2, which its library doesn't."""
     line = " ".join(asyncssh.generate_private_key("ssh-rsa", key_size=2048).export_public_key().decode().split()[:2])
+    digest = hashlib.sha256(base64.b64decode(line.split()[1])).digest()
+    fingerprint = "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 
-    async def go() -> str:
+    async def go() -> Problem:
         async with machine() as stand:
             se = stand.se(controller.bundle, "rsa")
 
@@ -364,13 +368,15 @@ def test_an_rsa_key_never_becomes_an_ses(controller: RunningController) -> None:
                 from appliance.protocol import strict_json
 
                 image = Identity.from_pkcs8(se.bundle.image_key.encode())
-                signers = [("image", se.bundle.image_key_id, image), ("se", se.identity.thumbprint, se.identity)]
+                signers = [("image", se.bundle.image_key_id, image), ("se", fingerprint, se.identity)]
                 return signatures.sign(strict_json.encode(wish), signers)  # type: ignore[arg-type]
 
             answer = await se.ask(enroll.ENROLL_PATH, make)
-            return msgspec.json.decode(answer.body, type=Problem).code
+            return msgspec.json.decode(answer.body, type=Problem)
 
-    assert asyncio.run(go()) == "ENROLL-001"
+    problem = asyncio.run(go())
+    assert problem.code == "ENROLL-001"
+    assert "SSH key of type 'ssh-rsa'" in problem.detail
 
 
 # What stays behind.

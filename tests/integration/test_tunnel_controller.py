@@ -45,8 +45,10 @@ def test_no_session_of_any_kind(controller: RunningController) -> None:
             se.conn.create_process(term_type="xterm"),
             se.conn.create_process(x11_forwarding=True),
         ):
-            with pytest.raises(asyncssh.ChannelOpenError):
+            with pytest.raises(asyncssh.ChannelOpenError) as refused:
                 await attempt
+            # The channel itself is refused, not only what was asked for on it.
+            assert refused.value.code == asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED
 
     with_link(controller, "no-session", act)
 

@@ -30,6 +30,7 @@ COUNTED = 100
 _SYNC = re.compile(rb"\bf(?:data)?sync\(")
 _UNLIMITED = {
     "enroll_rate_per_s": 100_000.0, "enroll_burst": 100_000, "source_rate_per_s": 100_000.0, "source_burst": 100_000,
+    "image_key_rate_per_s": 100_000.0, "image_key_burst": 100_000,
 }  # fmt: skip
 """All clients have one address here; what is measured is the work, not the limits."""
 

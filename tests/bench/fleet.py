@@ -55,6 +55,7 @@ SETTLE_S = 15.0
 PEER_LINKS = 200
 SETTINGS = {
     "enroll_rate_per_s": 100_000.0, "enroll_burst": 100_000, "source_rate_per_s": 100_000.0, "source_burst": 100_000,
+    "image_key_rate_per_s": 100_000.0, "image_key_burst": 100_000,
     "max_unauthenticated": 20_000, "max_unauthenticated_per_source": 20_000,
 }  # fmt: skip
 """All SEs come from one address, at once."""

@@ -204,10 +204,11 @@ def check_validity(chain_der: Sequence[bytes], *, now: float) -> None:
     """Checks that every certificate of a chain is valid at `now`, seconds since 1970.
 
     Raises:
-        TrustError: names the certificate, its term and `now`.
+        TrustError: names the certificate, its term and `now`; and an issuing CA that ended with it.
     """
-    for der in chain_der:
-        terms = terms_of(load_der(der))
+    chain = [terms_of(load_der(der)) for der in chain_der]
+    ended = [terms.subject for terms in chain[1:-1] if now > terms.not_after]
+    for terms in chain:
         if now < terms.not_before:
             raise TrustError(
                 f"certificate {terms.subject!r} is valid from {moment(terms.not_before)}, it is {moment(now)}",
@@ -215,9 +216,12 @@ def check_validity(chain_der: Sequence[bytes], *, now: float) -> None:
                 code=CODE_NOT_YET,
             )
         if now > terms.not_after:
+            also = f", as did {ended[0]!r}, which issued it" if ended and terms is chain[0] else ""
             raise TrustError(
-                f"certificate {terms.subject!r} expired at {moment(terms.not_after)}, it is {moment(now)}",
-                hint="renew the controller's certificate, or check the clocks",
+                f"certificate {terms.subject!r} expired at {moment(terms.not_after)}{also}; it is {moment(now)}",
+                hint="on the controller: `appliance controller issuing-ca renew`"
+                if ended
+                else "renew the controller's certificate, or check the clocks",
                 code=CODE_EXPIRED,
             )
 

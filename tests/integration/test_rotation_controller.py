@@ -11,10 +11,12 @@ import ssl
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
+import msgspec
 import pytest
-from rig import RunningController, linked, machine, running, until_async
+from rig import RunningController, linked, machine, running, until, until_async
 
 from appliance.controller.material import Files, Material
 from appliance.controller.rotation import Kind, Rotation, make_root, resume_files
@@ -30,7 +32,10 @@ from appliance.errors import (
 from appliance.pki import sealed, tls
 from appliance.pki.authority import Authority
 from appliance.pki.secret import Secret
-from appliance.protocol.trust import TrustDocument
+from appliance.protocol.trust import Envelope, TrustDocument
+from appliance.runtime.clock import SystemClock
+from appliance.runtime.stop import StopToken
+from appliance.se.https import Conversation
 
 
 def root_of(controller: RunningController) -> str:
@@ -469,3 +474,110 @@ def test_a_change_of_root_under_a_passphrase_takes_sleepers_and_old_images_along
                 await late.link()
 
         asyncio.run(go())
+
+
+def conversation(controller: RunningController, trust: TrustDocument) -> Conversation:
+    """What an SE begins with, at 8443."""
+    address = f"127.0.0.1:{controller.enroll_port}"
+    return Conversation(address, trust=trust, clock=SystemClock(), connect_timeout_s=10.0, stop=StopToken())
+
+
+def believed(controller: RunningController) -> TrustDocument:
+    """The trust document of an SE that has followed until now."""
+    raw = (controller.paths.controller_state / "trust.json").read_bytes()
+    envelope = msgspec.json.decode(raw, type=Envelope)
+    return msgspec.json.decode(envelope.body(), type=TrustDocument)
+
+
+def test_ses_refuse_a_revoked_issuing_ca_and_name_it(tmp_path: Path) -> None:
+    """Somebody has the issuing CA's files of before; whoever has the newer trust document doesn't believe them."""
+    with running(tmp_path / "root", passphrase=WORD) as controller:
+        state = controller.paths.controller_state
+        names = ("issuing-ca.pem", "issuing-ca.key", "node.pem", "node.key")
+        stolen = {name: (state / name).read_bytes() for name in names}
+        before = believed(controller)
+        controller.operator.renew_issuing(WORD, revoke=True, reason="stolen")
+        trust = believed(controller)
+        with conversation(controller, trust) as there:
+            there.check_time(time.time())
+        controller.kill()
+        for name, content in stolen.items():
+            (state / name).write_bytes(content)
+        controller.start()
+        with (
+            pytest.raises(TrustError, match=r"the issuing CA .* was revoked") as caught,
+            conversation(controller, trust),
+        ):
+            pass
+        assert caught.value.code == "TRUST-004"
+        with conversation(controller, before):
+            pass
+        controller.operator.renew_issuing(WORD, reason="")
+        with conversation(controller, trust):
+            pass
+
+
+def test_an_issuing_ca_at_its_end_is_told_and_renewed(tmp_path: Path) -> None:
+    """A controller that nobody looked after: it starts, says what to do, and SEs name the cause until that is done."""
+    with running(tmp_path / "root", passphrase=WORD, date="2024-06-01T00:00+00:00") as controller:
+        operator, trust = controller.operator, believed(controller)
+        problems = operator.status().problems
+        assert any("the issuing CA has expired: `appliance controller issuing-ca renew`" in text for text in problems)
+        assert any(event.kind == "trust.expires" and "issuing CA" in event.text for event in operator.events())
+        with conversation(controller, trust) as there:
+            with pytest.raises(TrustError, match=r"expired at .*, as did 'CN=issuing") as caught:
+                there.check_time(time.time())
+            assert caught.value.code == "TRUST-006"
+            assert "issuing-ca renew" in caught.value.hint
+        assert 'appliance_expiry_timestamp_seconds{what="issuing CA"}' in metrics(controller)
+        ends = operator.renew_issuing(WORD, reason="").issuing_expires_at
+        assert ends > time.time() + 364 * 86_400
+        assert not any("issuing CA" in text or "node certificate" in text for text in operator.status().problems)
+        with conversation(controller, trust) as there:
+            there.check_time(time.time())
+        assert f'appliance_expiry_timestamp_seconds{{what="issuing CA"}} {ends}' in metrics(controller)
+
+
+def metrics(controller: RunningController) -> str:
+    url = f"http://127.0.0.1:{controller.bound['metrics_port']}/metrics"
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        text: str = answer.read().decode()
+    return text
+
+
+def test_the_command_line_reads_passphrases_and_never_as_arguments(tmp_path: Path) -> None:
+    with running(tmp_path / "root") as controller:
+        (tmp_path / "word").write_text(WORD + "\n")
+        (tmp_path / "other").write_text(OTHER + "\n")
+        unlock, new = ("--passphrase-file", str(tmp_path / "word")), ("--new-passphrase-file", str(tmp_path / "word"))
+        done = controller.command("controller", "passphrase", "set", check=False)
+        assert done.returncode == 2
+        assert "no terminal to ask on" in done.stderr
+        told = controller.command("controller", "passphrase", "set", *new).stdout
+        assert "take a new one, destroy those" in told
+        shown = json.loads(controller.command("controller", "show", "--json").stdout)
+        assert shown["root_is_locked"]
+        assert "under a passphrase" in controller.command("controller", "show").stdout
+        wrong = controller.command(
+            "controller", "rotate-ca", "begin", "--passphrase-file", str(tmp_path / "other"), check=False
+        )
+        assert wrong.returncode == 6
+        assert "the passphrase is wrong" in wrong.stderr
+        until(lambda: begun(controller, unlock), what="the passphrase is looked at again")
+        assert "take a backup now" in controller.command("controller", "rotate-ca", "status").stdout
+        controller.command("controller", "rotate-ca", "finish", "--passphrase-file", "-", said=WORD + "\n")
+        done = controller.command("controller", "passphrase", "remove", *unlock, check=False)
+        assert done.returncode == 2
+        assert "--force" in done.stderr
+        changed = ("--new-passphrase-file", str(tmp_path / "other"))
+        controller.command("controller", "passphrase", "change", *unlock, *changed)
+        renewed = json.loads(
+            controller.command(
+                "controller", "issuing-ca", "renew", "--passphrase-file", str(tmp_path / "other"), "--json"
+            ).stdout
+        )
+        assert renewed["issuing_fingerprint"] != shown["issuing_fingerprint"]
+
+
+def begun(controller: RunningController, unlock: tuple[str, ...]) -> bool:
+    return controller.command("controller", "rotate-ca", "begin", *unlock, check=False).returncode == 0

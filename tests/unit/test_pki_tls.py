@@ -265,6 +265,9 @@ def test_an_expired_issuing_ca_is_named(tmp_path: Path) -> None:
     with pytest.raises(TrustError, match="'CN=issuing c-1' expired") as caught:
         tls.check_validity(chain[1:], now=NOW + 2 * DAY_S)
     assert caught.value.code == tls.CODE_EXPIRED
+    with pytest.raises(TrustError, match=r"'CN=appliance node 1' expired .*, as did 'CN=issuing c-1'") as caught:
+        tls.check_validity(chain, now=NOW + 2 * DAY_S)
+    assert "issuing-ca renew" in caught.value.hint
 
 
 def test_a_node_certificate_signs_no_other(tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ def run(paths: Paths, settings: Settings) -> int:
         else:
             _take_up(health, state, earlier.steps if earlier is not None and earlier.side == "se" else [])
             _link(paths, settings, stop, clock=clock, state=state, beliefs=beliefs, health=health)
-        systemd.notify("STOPPING=1")
+        if stop.stopped:  # else systemd would wait for an end that doesn't come, and kill what starts over
+            systemd.notify("STOPPING=1")
     if not stop.stopped:
         _start_over()
     _log.info("stopped: %s", stop.reason)

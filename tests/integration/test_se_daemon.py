@@ -274,3 +274,32 @@ def test_an_se_leaves_its_keys_in_no_core_file(real: RunningController, tmp_path
         assert se.process is not None
         assert core_limit(se.process.pid) == (0, 0)
         assert not leaves_core(se.process)
+
+
+def test_a_daemon_that_starts_over_is_not_stopping(
+    ssh: Gateway, door: EnrollDoor, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """systemd kills what said that it stops and doesn't end: after enrolling the process only replaces itself."""
+    told = tmp_path / "notify"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(told))
+        manager.setblocking(False)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(told))
+        monkeypatch.setenv("WATCHDOG_USEC", "30000000")
+
+        def heard() -> str:
+            lines = []
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    lines.append(manager.recv(4096).decode())
+            return "\n".join(lines)
+
+        with service_engine(tmp_path / "se") as se:
+            cluster.write_seed(se.seed, controllers=[])
+            se.start().until_up()
+            before = heard()
+            assert "WATCHDOG_USEC=300000000" in before, "it gets the time that a start takes"
+            assert before.count("READY=1\nWATCHDOG=1\nWATCHDOG_USEC=30000000") == 2
+            assert "STOPPING=1" not in before
+            se.stop()
+            assert "STOPPING=1" in heard()

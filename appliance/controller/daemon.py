@@ -172,11 +172,11 @@ def _collect_less() -> None:
     """Makes the collector of cycles look at what a fleet keeps as seldom as it can.
 
     Ten thousand links are millions of objects, which live for days and are no cycles that end: to walk them takes a
-    second in which no heartbeat is answered.
+    second in which no heartbeat is answered. Links that ended are cycles, so it must look now and then.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 50, 100)
+    gc.set_threshold(20_000, 10, 10)
 
 
 async def _main(paths: Paths, settings: Settings, clock: Clock) -> None:

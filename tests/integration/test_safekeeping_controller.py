@@ -21,10 +21,11 @@ from rig import RunningController, machine, running, until, until_async
 from appliance.controller import backup, restore
 from appliance.errors import EnrollError
 from appliance.lab.simulated import SimulatedSe
+from appliance.pki import jws as signatures
 from appliance.pki.authority import Authority
 from appliance.pki.secret import Secret
 from appliance.protocol import enroll as said
-from appliance.protocol import strict_json
+from appliance.protocol import jws, strict_json
 from appliance.protocol.enroll import Pending
 from appliance.protocol.trust import RECEIPT_TYPE, Envelope, Receipt
 from appliance.runtime.clock import SystemClock
@@ -155,6 +156,17 @@ def test_only_a_true_receipt_of_ones_own_is_taken(tmp_path: Path) -> None:
                 changed = msgspec.structs.replace(own, payload=forged.payload[:-4] + "fQ==")
                 for bad in (others, forged, changed):
                     assert await shown(first, bad) == "ENROLL-037"
+                assert operator.pending() == []
+
+                # The true receipt and the true public key, which are no secrets, but somebody else's signature.
+                first.grant = msgspec.structs.replace(first.grant, receipt=own)
+
+                def forge(nonce: str) -> bytes:
+                    payload = jws.decode_part(json.loads(first.signed_refresh(nonce))["payload"])
+                    return signatures.sign(payload, [("se", first.identity.thumbprint, second.identity)])
+
+                answer = await first.ask(said.REFRESH_PATH, forge)
+                assert b"ENROLL-003" in answer.body
                 assert operator.pending() == []
                 assert await shown(first, own) == "202"
                 assert await shown(first, own) == "202"

@@ -427,6 +427,11 @@ def test_a_conflict_is_audited_and_leaves_the_first_alone(tmp_path: Path) -> Non
             Refusals.CONFLICT.value.code,
         )
         assert found.registry.se(se.se_id) == se
+        # Who asks again and again, with an image key and new keys, doesn't fill the audit.
+        for _ in range(5):
+            again = await found.enroll(key, request(se_id=se.se_id))
+            assert (again.verdict.refusal, again.is_told) == (Refusals.CONFLICT, False)
+        assert (await found.registry.audit.read())[-1] == entry
         await agrees(found)
 
     run(tmp_path, act)

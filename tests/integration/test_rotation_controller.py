@@ -322,7 +322,10 @@ def test_a_controller_that_was_cut_in_a_change_serves_again(tmp_path: Path, kind
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("verb", ["set", "change", "remove", "renew"])
+@pytest.mark.parametrize(
+    "verb",
+    ["set", pytest.param("change", marks=pytest.mark.slow), pytest.param("remove", marks=pytest.mark.slow), "renew"],
+)
 def test_a_power_cut_at_any_step_of_a_passphrase_leaves_one_of_two_states(tmp_path: Path, verb: str) -> None:
     """After each cut the controller is before or after the change, and needs no passphrase to find out."""
     was, will = {"set": ("", WORD), "change": (WORD, OTHER), "remove": (WORD, ""), "renew": (WORD, WORD)}[verb]

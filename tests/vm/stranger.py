@@ -55,7 +55,7 @@ def install(directory: Path, release: str, packages: tuple[str, ...], customise:
     sources.write_text("\n\n".join(texts))
     tar, tree = directory / "stranger.tar", directory / "tree"
     _run(
-        "mmdebstrap", "--variant=minbase", "--format=tar", f"--include={','.join(packages)}",
+        "mmdebstrap", "--variant=minbase", "--format=tar", *([f"--include={','.join(packages)}"] if packages else []),
         '--aptopt=APT::Install-Recommends "false"', f"--customize-hook={customise}", release, tar, sources,
     )  # fmt: skip
     tree.mkdir()

@@ -145,10 +145,12 @@ def boot_and_check(tmp_path: Path, *, firmware: str) -> None:
             console = vm.console()
             assert re.search(r"appliance: first boot: the seed was taken from partition 3 of /dev/vda", console)
             vm.wait_for(r"appliance: se UP: node 1 up \[.*10\.0\.2\.15.*127\.1\.0\.1\]")
+            # The VM's own figures, not this machine's; its first sample comes with a heartbeat after UP.
+            memory = until(
+                lambda: controller.operator.se("edge-1").summary.memory_total_bytes, what="telemetry came",
+                deadline_s=120,
+            )  # fmt: skip
             detail = controller.operator.se("edge-1")
-            # The VM's own figures, not this machine's.
-            memory = detail.summary.memory_total_bytes
-            assert memory is not None
             assert 0.85 * GIB < memory < GIB
             assert detail.summary.uptime_s is not None
             assert 0 < detail.summary.uptime_s < time.time() - began + 30

@@ -25,6 +25,7 @@ import msgspec
 from appliance.cli.operator import Operator
 from appliance.controller.init import initialise
 from appliance.lab.simulated import Beats, SimulatedSe
+from appliance.lab.simulated_link import TurnError
 from appliance.paths import Paths
 from appliance.pki.secret import Secret
 from appliance.protocol.seed import Bundle
@@ -234,11 +235,22 @@ class Machine:
         return SimulatedSe(bundle, name=name, host_key=self.host_key, sshd_port=self.acceptor.get_port(), beats=Beats())
 
 
+async def link_in_turn(se: SimulatedSe) -> None:
+    """Links, and comes back when the gateway says so, as an agent does."""
+    while True:
+        try:
+            await se.link()
+        except TurnError as busy:
+            await asyncio.sleep(busy.wait_s)
+        else:
+            return
+
+
 async def linked(stand: Machine, controller: RunningController, name: str) -> SimulatedSe:
     """A fresh SE that is enrolled and linked, and whose first heartbeat was answered."""
     se = stand.se(controller.bundle, name)
     await se.enroll()
-    await se.link()
+    await link_in_turn(se)
     await se.beat()
     return se
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from rig import RunningController, machine, running, until
+from rig import RunningController, link_in_turn, machine, running, until
 
 from appliance.errors import EnrollError
 from appliance.lab.simulated import Answer, SimulatedSe, exchange
@@ -352,7 +352,7 @@ def test_hundreds_of_silent_and_garbage_clients_do_not_delay_an_enrollment(contr
                 se = stand.se(controller.bundle, "through-the-noise")
                 began = time.monotonic()
                 await se.enroll()
-                await se.link()
+                await link_in_turn(se)
                 await se.beat()
                 return time.monotonic() - began
 

@@ -69,7 +69,7 @@ def secrets(at: Site, se: RealSe, token: str) -> dict[str, bytes]:
     found["image key"] = body(json.loads(at.bundle.read_text())["image_key"]).encode()
     found["SE's key"] = body(se.stored("identity.json")["key"]).encode()
     found["SE's image key"] = body((at.layout.seed("se-1") / "image-key.pem").read_text()).encode()
-    found["token"] = token.rpartition("-")[2].encode()
+    found["token"] = token.partition("-")[2].encode()
     for node, ticket in se.stored("tickets.json")["tickets"].items():
         found[f"ticket of node {node}"] = json.dumps(ticket).strip('"').encode()
     return found

@@ -18,6 +18,7 @@ from appliance.runtime import mode
 from appliance.runtime.clock import SystemClock
 from appliance.runtime.health import Health
 from appliance.runtime.mode import Mode, ModeDocument, Phase
+from appliance.runtime.units import UNITS
 from appliance.settings import Controller, Se, Settings
 from appliance.storage.lock import RootLock
 
@@ -227,7 +228,9 @@ def test_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, enabled: str, ac
     monkeypatch.setenv("ENABLED", enabled)
     monkeypatch.setenv("ACTIVE", active)
     monkeypatch.setattr(doctor, "why_not_systemd", lambda _: "")
-    assert only(doctor.check_systemd(Paths(Path("/")), Mode.SE)).result is result
+    found = list(doctor.check_systemd(Paths(Path("/")), Mode.SE))
+    assert len(found) == len(UNITS[Mode.SE])
+    assert {finding.result for finding in found} == {result}
 
 
 def test_without_systemd_that_is_said(paths: Paths) -> None:

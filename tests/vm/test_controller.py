@@ -212,7 +212,8 @@ def test_hardening_holds_and_denies_nothing_that_is_needed(shell: Shell) -> None
     said = shell.out(f"journalctl --unit={DAEMON} --no-pager --output=cat")
     for denial in ("Operation not permitted", "Permission denied", "Read-only file system", "EPERM", "Traceback"):
         assert denial not in said, [line for line in said.splitlines() if denial in line]
-    assert "SECCOMP" not in shell.out("journalctl --dmesg --no-pager")
+    kernel = shell.out("journalctl --dmesg --no-pager").splitlines()
+    assert [line for line in kernel if "type=1326" in line] == [], "seccomp refused a call"
 
 
 @pytest.mark.parametrize(("phase", "wanted"), [("intent", "none"), ("written", "controller")])
@@ -323,4 +324,5 @@ def over_the_reverse_path(shell: Shell, address: str) -> None:
     (key,) = shell.json("appliance se show edge-1")["host_keys"]
     shell.run(f"echo '[{address}]:5097 {key}' >/run/known_hosts")
     ssh = "ssh -i /var/lib/appliance/controller/id_se -p 5097 -o UserKnownHostsFile=/run/known_hosts -o BatchMode=yes"
-    assert shell.out(f"{ssh} aviseuser@{address} 'id -un; hostname'").split() == ["aviseuser", "edge-1"]
+    # A slow VM's sshd may come up after the link.
+    shell.until(f"{ssh} aviseuser@{address} 'id -un; hostname' | paste -sd ' '", shows="aviseuser edge-1")

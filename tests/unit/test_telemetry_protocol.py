@@ -193,6 +193,7 @@ def test_decode_refuses_other_forms(text: str) -> None:
         (Faults.ATTRIBUTES, _wire(("hw.temperature", ("a\x00b",), 1))),
         (Faults.VALUE, _wire(("system.memory.limit", (), -1))),
         (Faults.VALUE, _wire(("system.memory.limit", (), 10**18 + 1))),
+        (Faults.VALUE, _wire(("system.memory.limit", (), -1), ("hw.temperature", ("a",), -1))),
         (Faults.ORDER, _wire(("system.memory.limit", (), 1), ("system.memory.limit", (), 1))),
         (Faults.ORDER, _wire(("system.memory.limit", (), 1), ("system.cpu.logical.count", (), 1))),
         (Faults.ORDER, _wire(("hw.temperature", ("b",), 1), ("hw.temperature", ("a",), 1))),

@@ -26,6 +26,8 @@ from appliance.settings import Settings
 from appliance.storage.atomic import make_dir, write_atomic
 
 SYSUSERS = "appliance.sysusers"
+PROGRAM = Path("/usr/bin/appliance")
+"""What an image calls this program, and the units as they are shipped."""
 CONSOLE = "appliance-console.path"
 """Shows the daemon's state line; starts the service of its name."""
 UNITS: Mapping[Mode, tuple[str, ...]] = {
@@ -71,6 +73,14 @@ def render(name: str, text: str, *, settings: Settings, command: Sequence[str]) 
         endpoint = format_endpoint(*parse_endpoint(listen, default_port=0))
         text = re.sub(r"^ListenStream=.*$", lambda _: f"ListenStream={endpoint}", text, flags=re.MULTILINE)
     return text
+
+
+def _installed_command() -> list[str]:
+    """How units start this program: by the name that an image gives it, where that is this program."""
+    command = child.self_command()
+    if PROGRAM.exists() and PROGRAM.samefile(command[0]):
+        return [str(PROGRAM), *command[1:]]
+    return command
 
 
 class SystemdMachine:
@@ -147,12 +157,14 @@ class SystemdMachine:
         child.run(["systemd-sysusers", str(self._sysusers)], timeout_s=30.0)
 
     def _install(self, path: Path, name: str) -> bool:
-        """Writes a file, and returns whether it is another one than before."""
+        """Writes a file where it says something else than the one in force, and returns whether it does."""
+        text = render(name, self._units[name], settings=self._settings, command=_installed_command()).encode()
+        in_force = path if path.exists() else self._shipped / name
+        if in_force.exists() and in_force.read_bytes() == text:
+            return False
         make_dir(path.parent, mode=0o755)
-        text = render(name, self._units[name], settings=self._settings, command=child.self_command()).encode()
-        is_new = not path.exists() or path.read_bytes() != text
         write_atomic(path, text, mode=0o644)
-        return is_new
+        return True
 
     def _systemctl(self, *arguments: str) -> None:
         """Runs systemctl, which waits until daemons are ready or gone, and tells every few seconds that it waits."""

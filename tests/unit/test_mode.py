@@ -415,6 +415,26 @@ def test_what_runs_is_stopped_where_a_socket_is_closed_or_a_unit_changed(
     assert stopped == ([f"systemctl --no-ask-password stop {units_of}"] if is_stopped else [])
 
 
+def test_a_role_that_runs_by_the_units_of_its_image_is_not_stopped(
+    paths: Paths, calls: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cloud-init asks for the role that first boot has set: the link that is up shall stay."""
+    program, shipped = paths.root / "appliance", paths.root / "shipped"
+    program.write_text("")
+    shipped.mkdir(parents=True)
+    monkeypatch.setattr(units, "PROGRAM", program)
+    monkeypatch.setattr(units.child, "self_command", lambda: [str(program)])
+    settings = Settings(users=Users(se=_ME))
+    for name, text in shipped_units().items():
+        (shipped / name).write_text(units.render(name, text, settings=settings, command=[str(program)]))
+    machine = units.SystemdMachine(
+        paths, settings, units=shipped_units(), progress=lambda _: None, etc=paths.root / "etc", shipped=shipped
+    )
+    change(paths, Mode.SE, machine)
+    assert " stop " not in calls.read_text()
+    assert not list((paths.root / "etc").rglob("*.service"))
+
+
 def test_who_waits_for_systemd_is_told(paths: Paths, calls: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLOW", "0.1")
     monkeypatch.setattr(units, "_PROGRESS_S", 0.02)

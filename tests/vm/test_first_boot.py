@@ -155,6 +155,7 @@ def boot_and_check(tmp_path: Path, *, firmware: str) -> None:
             assert detail.summary.uptime_s is not None
             assert 0 < detail.summary.uptime_s < time.time() - began + 30
             assert detail.facts.macs == ["52:54:00:12:34:56"]
+            vm.wait_for(r"Reached target .*Cloud-init target|Cloud-init v\. \S+ finished", deadline_s=UP_S)
             check_units(controller, tmp_path)
             keys = controller.operator.image_keys()
             assert [key.uses for key in keys] == [1]

@@ -94,11 +94,6 @@ class Paths:
         return self.run / "health.json"
 
     @property
-    def console_file(self) -> Path:
-        """The running daemon's state line, as the machine's consoles show it."""
-        return self.run / "console"
-
-    @property
     def log(self) -> Path:
         """Directory of log files."""
         return self.root / "var/log/appliance"

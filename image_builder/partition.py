@@ -26,7 +26,6 @@ LINUX_ROOT = "4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709"
 
 _TIMEOUT_S = 60.0
 _MBR_FAT32_LBA = "c"
-_EXTENDED = {"5", "f", "85"}
 
 
 class Partition(msgspec.Struct, frozen=True, kw_only=True):

@@ -191,7 +191,7 @@ _FED = f"{_UNIT} WatchdogTimestampMonotonic --value"
 
 def unit(controller: RunningController, directory: Path, before: str = "") -> dict[str, str]:
     """Properties of the SE's unit as systemd in the VM tells them, after a shell's command line ran there."""
-    wanted = "Type,ActiveState,SubState,MainPID,WatchdogUSec"
+    wanted = "Type,ActiveState,SubState,MainPID,WatchdogUSec,NRestarts"
     told = in_vm(controller, directory, "edge-1", f"{before} {_UNIT} {wanted}").stdout
     return dict(line.split("=", 1) for line in told.splitlines())
 
@@ -208,6 +208,7 @@ def check_units(controller: RunningController, directory: Path) -> None:
     wait_up(controller, "edge-1")
     second = unit(controller, directory)
     assert (second["ActiveState"], second["SubState"]) == ("active", "running")
+    assert int(second["NRestarts"]) == int(first["NRestarts"]) + 1
     assert second["MainPID"] != first["MainPID"], (first, second)
 
 

@@ -15,10 +15,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from appliance.errors import ChildError
 
@@ -124,16 +125,19 @@ def run(
     Raises:
         ChildError: missing program, deadline, or exit code; with the command to paste and the end of its stderr.
     """
-    process = _start(
-        args,
-        cwd=cwd,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**clean_environment(), **(env or {})},
-    )
-    with process:
+    with (
+        _signals_wait() as deliver,
+        _start(
+            args,
+            cwd=cwd,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**clean_environment(), **(env or {})},
+        ) as process,
+    ):
         try:
+            deliver()
             stdout, stderr = process.communicate(input.encode() if isinstance(input, str) else input, timeout_s)
         except subprocess.TimeoutExpired:
             _kill_group(process)
@@ -171,17 +175,23 @@ class Daemon:
         self.args = tuple(args)
         self.log_path = log_path
         log_fd = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        try:
-            self._process = _start(
-                args,
-                stdin=subprocess.DEVNULL,
-                stdout=log_fd,
-                stderr=log_fd,
-                pass_fds=pass_fds,
-                env=env,
-            )
-        finally:
-            os.close(log_fd)
+        with _signals_wait() as deliver:
+            try:
+                self._process = _start(
+                    args,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log_fd,
+                    stderr=log_fd,
+                    pass_fds=pass_fds,
+                    env=env,
+                )
+            finally:
+                os.close(log_fd)
+            try:
+                deliver()
+            except BaseException:
+                self.terminate(0.0)
+                raise
         self.pid = self._process.pid
 
     def poll(self) -> int | None:
@@ -216,6 +226,34 @@ class Daemon:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.terminate(5.0)
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[Callable[[], None]]:
+    """Keeps Ctrl-C and SIGTERM waiting until the function that it yields is called, or the context is left.
+
+    What their handlers raise between the fork and the first line that knows the process would leave the child running,
+    with nobody to end it. A child isn't touched by this: handlers don't outlive exec. Other threads are never
+    interrupted by handlers, so for them it does nothing.
+    """
+    came: list[int] = []
+    former: dict[int, Any] = {}
+
+    def deliver() -> None:
+        for number, disposition in former.items():
+            signal.signal(number, disposition)
+        former.clear()
+        while came:
+            signal.raise_signal(came.pop())
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if callable(signal.getsignal(number)):
+                former[number] = signal.signal(number, lambda number, _: came.append(number))
+    try:
+        yield deliver
+    finally:
+        deliver()
 
 
 def _start(

@@ -17,6 +17,7 @@ from typing import cast
 
 import asyncssh
 import pytest
+from rig import until
 
 from appliance.controller.fleet import ping
 from appliance.controller.link import Link
@@ -71,6 +72,15 @@ class Peer:
         self.process = process
         self.link = cast("Link", SimpleNamespace(conn=conn, is_gone=False))
         self.conn = conn
+
+    def freeze(self) -> None:
+        """Returns when each of its threads stands still: the signal alone doesn't wait for those on other cores."""
+        self.process.send_signal(signal.SIGSTOP)
+        threads = Path(f"/proc/{self.process.pid}/task")
+        until(
+            lambda: all(") T " in (thread / "stat").read_text() for thread in threads.iterdir()),
+            what="all threads stand still",
+        )
 
     async def ping(self) -> tuple[bool, float]:
         """The verdict, and how long it took."""
@@ -140,7 +150,7 @@ def test_who_lives_answers_and_who_is_frozen_does_not(kind: str, tmp_path: Path)
                 assert answered
                 assert took_s < DEADLINE_S
             assert await asyncio.gather(*(ping(peer.link, DEADLINE_S) for _ in range(5))) == [True] * 5
-            peer.process.send_signal(signal.SIGSTOP)
+            peer.freeze()
             for _ in range(2):
                 answered, took_s = await peer.ping()
                 assert not answered
@@ -157,7 +167,7 @@ def test_who_lives_answers_and_who_is_frozen_does_not(kind: str, tmp_path: Path)
 def test_who_is_gone_does_not_answer(kind: str, tmp_path: Path) -> None:
     async def go() -> None:
         async with linked(kind, tmp_path) as peer:
-            peer.process.send_signal(signal.SIGSTOP)
+            peer.freeze()
             asked = asyncio.create_task(peer.ping())
             await asyncio.sleep(0)
             peer.process.kill()
@@ -175,7 +185,7 @@ def test_who_is_gone_does_not_answer(kind: str, tmp_path: Path) -> None:
 def test_our_own_abort_is_no_answer(tmp_path: Path) -> None:
     async def go() -> None:
         async with linked("asyncssh", tmp_path) as peer:
-            peer.process.send_signal(signal.SIGSTOP)
+            peer.freeze()
             asked = asyncio.create_task(peer.ping())
             await asyncio.sleep(0)
             peer.conn.abort()

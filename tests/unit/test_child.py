@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,6 +120,38 @@ def test_an_interrupt_ends_the_child(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(KeyboardInterrupt):
         child.run(python("import time; time.sleep(600)"), timeout_s=600.0)
     assert started[0].returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_in_the_moment_of_the_start_ends_the_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """The signal comes when the child lives and nobody holds its handle yet."""
+    file = tmp_path / "pid"
+    start = subprocess.Popen.__init__
+
+    def slow(process: subprocess.Popen[bytes], *args: Any, **kwargs: Any) -> None:
+        start(process, *args, **kwargs)
+        wait_for(file)
+        signal.raise_signal(number)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("subprocess.Popen.__init__", slow)
+    former = signal.signal(number, stop)
+    try:
+        for begin in (
+            lambda args: child.run(args, timeout_s=600.0),
+            lambda args: child.Daemon(args, log_path=tmp_path / "log"),
+        ):
+            file.unlink(missing_ok=True)
+            with pytest.raises(KeyboardInterrupt):
+                begin(["sh", "-c", f"echo $$ > {file}; exec sleep 600"])
+            assert not _lives(int(file.read_text()))
+            assert signal.getsignal(number) is stop
+    finally:
+        signal.signal(number, former)
 
 
 @pytest.mark.parametrize(

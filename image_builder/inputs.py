@@ -140,7 +140,7 @@ def _foreign_problems(
     seen = _seen(system, draft, cache=cache, steps=steps)
     problems = private_keys.problems(
         [(key, -1) for key in seen.keys],
-        cluster=_cluster_keys(bundle),
+        cluster=seen.owners | _cluster_keys(bundle),
         image_key="",
         known={key.digest for key in seen.keys},
     )
@@ -163,6 +163,8 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
 
     glibc: list[tuple[int, int]]
     keys: list[private_keys.KeyNote]
+    owners: dict[str, str]
+    """From `private_keys.of_certificates`."""
 
 
 def _seen(system: System, draft: Path, *, cache: Path, steps: Steps) -> Seen:
@@ -179,7 +181,11 @@ def _seen(system: System, draft: Path, *, cache: Path, steps: Steps) -> Seen:
         found = scan.look_through(raw)
     if raw != system.source.path:
         raw.unlink()
-    seen = Seen(glibc=sorted(set(found.glibc)), keys=[private_keys.note(key) for key in found.keys])
+    seen = Seen(
+        glibc=sorted(set(found.glibc)),
+        keys=[private_keys.note(key) for key in found.keys],
+        owners=private_keys.of_certificates(found.certificates),
+    )
     try:
         cache.mkdir(parents=True, exist_ok=True)
         kept.write_bytes(msgspec.json.encode(seen))

@@ -1,19 +1,20 @@
 """Judges private keys that were found on a disk.
 
-Three kinds may be there: the seed's own image key; keys that came with the system and stand in packages, known to the
-world (libraries carry some to test themselves); nothing else. A key of the cluster is refused wherever it came from.
+Two kinds may be there: the seed's own image key; keys that came with the system and stand in packages, known to the
+world (libraries carry some to test themselves). A key of the cluster is refused wherever it came from, and so is a key
+whose certificate lies beside it and names any cluster of ours, and whatever a controller sealed under a passphrase.
 """
 
 from __future__ import annotations
 
 import tarfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import msgspec
 
-from appliance.errors import ImageError
-from appliance.pki import certificate, found_key, ssh_keys
+from appliance.errors import ApplianceError, ImageError, TrustError
+from appliance.pki import certificate, found_key, sealed, ssh_keys
 from appliance.pki.image_key import image_key_id
 from appliance.protocol.trust import TrustDocument
 from image_builder import scan
@@ -31,14 +32,39 @@ class KeyNote(msgspec.Struct, frozen=True, kw_only=True):
     kind: str
     key_id: str
     ssh_line: str
+    is_sealed: bool = False
 
 
 def note(key: FoundKey) -> KeyNote:
     """Returns the note on a key."""
-    mark = found_key.identify(key.pem)
     kind = key.kind or "PKCS #8"
     digest = scan.sha256(b"".join(key.pem.split()))
+    if key.is_sealed:
+        return KeyNote(digest=digest, kind=kind, key_id=_sealed_key_id(key.pem), ssh_line="", is_sealed=True)
+    mark = found_key.identify(key.pem)
     return KeyNote(digest=digest, kind=kind, key_id=mark.key_id if mark else "", ssh_line=mark.ssh_line if mark else "")
+
+
+def _sealed_key_id(head: bytes) -> str:
+    """Returns whose key a sealed file says it is, "" where it doesn't: a backup holds many."""
+    try:
+        return str(sealed.about(head, magic=sealed.ROOT_KEY).get("key_id", ""))
+    except TrustError:
+        return ""
+
+
+def of_certificates(ders: Iterable[bytes]) -> dict[str, str]:
+    """Returns whose a private key is, by key id, for all keys that certificates of clusters tell of."""
+    found = {}
+    for der in ders:
+        try:
+            terms = certificate.terms_of(certificate.load_der(der))
+        except ApplianceError:
+            continue
+        if terms.cluster_id:
+            who = "a CA's" if terms.is_authority else f"node {terms.node}'s"
+            found[terms.key_id] = f"{who}, of cluster {terms.cluster_id}"
+    return found
 
 
 def published(tree: Path) -> list[str]:
@@ -79,7 +105,7 @@ def problems(
 
     Args:
         notes: keys with their offset in bytes.
-        cluster: from `of_cluster`.
+        cluster: from `of_cluster` and `of_certificates`.
         image_key: id of the seed's; empty where there is none.
         known: digests of keys that came with the system.
     """
@@ -88,6 +114,8 @@ def problems(
         owner = cluster.get(key.key_id) or cluster.get(key.ssh_line)
         if owner:
             found.append(f"a private key of the cluster lies at byte {offset}: {owner}")
+        elif key.is_sealed:
+            found.append(f"a {key.kind} lies at byte {offset}: it opens with its passphrase, and belongs on no image")
         elif image_key and key.ssh_line and image_key_id(key.ssh_line) == image_key:
             continue
         elif key.digest not in known:

@@ -27,7 +27,7 @@ from typing import Any
 import msgspec
 
 from appliance.errors import ApplianceError, SeedError, TrustError
-from appliance.pki import image_key, trust
+from appliance.pki import image_key, sealed, trust
 from appliance.pki.identity import Identity
 from appliance.protocol import seed as protocol
 from appliance.protocol import strict_json
@@ -40,7 +40,9 @@ MAX_CONTROLLERS = 16
 FUTURE_LIMIT_S = 86400
 """How far `baked_at` may lie ahead of this machine's clock: it is the floor under the clock of every VM baked."""
 
-_PRIVATE = re.compile(r"PRIVATE\s+KEY|PuTTY-User-Key-File", re.IGNORECASE)
+_PRIVATE = re.compile(
+    rf"PRIVATE\s+KEY|PuTTY-User-Key-File|({sealed.ROOT_KEY.decode()}|{sealed.BACKUP.decode()})\n", re.IGNORECASE
+)
 _CERTIFICATE = re.compile(r"\s*(-----BEGIN CERTIFICATE-----\r?\n[A-Za-z0-9+/=\r\n]+-----END CERTIFICATE-----)\s*")
 _KEY = re.compile(r"\s*-----BEGIN PRIVATE KEY-----\r?\n[A-Za-z0-9+/=\r\n]+-----END PRIVATE KEY-----\s*")
 _LABEL = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
@@ -305,7 +307,10 @@ def bake(
     parts = [strict_json.encode(seed), trust_json, hostname.encode(), wished, target.value.encode(), system.encode()]
     digest = hashlib.sha256(b"\0".join(parts)).hexdigest()
     seed = msgspec.structs.replace(seed, image_id=f"seed-{digest[:16]}")
-    meta = f"instance-id: {json.dumps(seed.image_id)}\nlocal-hostname: {json.dumps(hostname or 'appliance-se')}\n"
+    meta = (
+        f"instance-id: {json.dumps(seed.image_id)}\n"
+        f"local-hostname: {json.dumps(hostname or protocol.DEFAULT_HOSTNAME)}\n"
+    )
     files = [
         SeedFile(
             protocol.USER_DATA_FILE,

@@ -203,12 +203,13 @@ def _with_keys(
     baked: Baked, content: Path, seed: dict[str, bytes], *, known: list[str], problems: list[str], steps: Steps
 ) -> Baked:
     with steps.step("look for private keys"):
-        notes = [(private_keys.note(key), key.offset) for key in scan.look_through(content).keys]
-    cluster: dict[str, str] = {}
+        found = scan.look_through(content)
+        notes = [(private_keys.note(key), key.offset) for key in found.keys]
+    cluster = private_keys.of_certificates(found.certificates)
     if baked.cluster_id:
         root = seed[protocol.ROOT_CA_FILE].decode("ascii", "replace")
         envelope = strict_json.decode(seed[protocol.TRUST_FILE], Envelope, max_bytes=MAX_FILE_BYTES)
-        cluster = private_keys.of_cluster(root, trust.verify_trust(envelope, anchors=[root], current=None))
+        cluster |= private_keys.of_cluster(root, trust.verify_trust(envelope, anchors=[root], current=None))
     problems += private_keys.problems(notes, cluster=cluster, image_key=baked.image_key_id, known=known)
     came = len([key for key, _ in notes if key.digest in known])
     return msgspec.structs.replace(baked, problems=problems, system_keys=came)

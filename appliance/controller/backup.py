@@ -36,7 +36,6 @@ from appliance.protocol.strict_json import MalformedError
 from appliance.protocol.trust import MAX_TRUST_BYTES, Envelope
 from appliance.storage.atomic import read_limited, remove_durably, write_atomic
 
-MAGIC = b"appliance controller backup"
 VERSION = 1
 MAX_BACKUP_BYTES = 1 << 31
 MAX_CONTENT_BYTES = 1 << 32
@@ -213,7 +212,7 @@ def make(paths: Paths, out: Path, passphrase: Secret, *, now: int) -> Summary:
         "made_at": now,
     }
     plain = zlib.compress(msgspec.msgpack.encode(contents), level=6)
-    write_atomic(out, sealed.seal(plain, passphrase, magic=MAGIC, about=about), mode=0o600)
+    write_atomic(out, sealed.seal(plain, passphrase, magic=sealed.BACKUP, about=about), mode=0o600)
     verified = verify(out, passphrase)
     _note_taken(Files(paths.controller_state), contents)
     return verified
@@ -245,7 +244,7 @@ def load(path: Path, passphrase: Secret) -> tuple[Contents, bytes]:
         raise StorageError(f"there is no {path}", hint="give the file that `controller backup --out` wrote") from None
     try:
         inflater = zlib.decompressobj()
-        plain = inflater.decompress(sealed.open_sealed(raw, passphrase, magic=MAGIC), MAX_CONTENT_BYTES)
+        plain = inflater.decompress(sealed.open_sealed(raw, passphrase, magic=sealed.BACKUP), MAX_CONTENT_BYTES)
         version = msgspec.msgpack.decode(plain, type=_Versioned).version
         if version > VERSION:
             raise DowngradeError(

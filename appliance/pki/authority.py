@@ -38,8 +38,6 @@ DAY_S: Final = 86_400
 ROOT_DAYS: Final = 20 * 365 + 5
 ISSUING_DAYS: Final = 365
 NODE_DAYS: Final = 90
-KEY_MAGIC: Final = b"appliance root key"
-"""First line of a root key's file that lies under a passphrase."""
 
 _DNS_LABEL: Final = r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _DNS_NAME: Final = re.compile(rf"(?=.{{1,253}}\Z){_DNS_LABEL}(\.{_DNS_LABEL})*")
@@ -204,10 +202,10 @@ class Authority(Issuer):
             TrustError: damaged, of another kind, not belonging together.
         """
         root = certificate.load_pem(cert_pem)
-        if not key_pem.startswith(KEY_MAGIC):
+        if not key_pem.startswith(sealed.ROOT_KEY):
             return cls(root, _load_key(key_pem, cls.title))
         locked = cls(root, None, sealed_key=key_pem)
-        if sealed.about(key_pem, magic=KEY_MAGIC).get("key_id") != locked.key_id:
+        if sealed.about(key_pem, magic=sealed.ROOT_KEY).get("key_id") != locked.key_id:
             raise TrustError("the sealed root key is another root's", hint="restore both from one backup")
         return locked
 
@@ -235,7 +233,7 @@ class Authority(Issuer):
         if not self.is_locked:
             return self
         try:
-            plain = sealed.open_sealed(self._sealed, passphrase, magic=KEY_MAGIC)
+            plain = sealed.open_sealed(self._sealed, passphrase, magic=sealed.ROOT_KEY)
         except TrustError:
             raise WrongPassphraseError(
                 "the passphrase is wrong, or the root key's file was changed; nothing was done",
@@ -254,7 +252,7 @@ class Authority(Issuer):
         if passphrase is None:
             return plain
         about = {"cluster_id": self.cluster_id, "key_id": self.key_id}
-        return Secret(sealed.seal(plain.reveal(), passphrase, magic=KEY_MAGIC, about=about))
+        return Secret(sealed.seal(plain.reveal(), passphrase, magic=sealed.ROOT_KEY, about=about))
 
     def issue_issuing(self, *, now: int, days: int = ISSUING_DAYS) -> IssuedKey:
         """Makes a key and a certificate for an issuing CA, path length 0.

@@ -23,6 +23,9 @@ from appliance.pki.secret import Secret
 from appliance.protocol import strict_json
 from appliance.protocol.strict_json import MalformedError
 
+ROOT_KEY: Final = b"appliance root key"
+BACKUP: Final = b"appliance controller backup"
+"""Magic lines of the two kinds there are."""
 MIN_PASSPHRASE_CHARS: Final = 12
 MAX_HEADER_BYTES: Final = 4 * 1024
 MAX_PLAIN_BYTES: Final = (1 << 31) - 1 - 16

@@ -27,6 +27,8 @@ USER_DATA_FILE = "user-data"
 META_DATA_FILE = "meta-data"
 NETWORK_CONFIG_FILE = "network-config"
 ISO_LABEL = "CIDATA"
+DEFAULT_HOSTNAME = "appliance-se"
+"""In the meta-data of a seed that names no host; on our own system each VM makes a name of its own of it."""
 
 IMAGE_DIRECTORY = "etc/appliance/seed"
 """Below the root: where an image carries its seed, or first boot put it."""

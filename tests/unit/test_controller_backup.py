@@ -66,7 +66,7 @@ def resealed(file: Path, to: Path, **changes: Any) -> Path:
     """The backup with other contents, sealed as well as the first."""
     contents, _ = backup.load(file, PASSPHRASE)
     plain = zlib.compress(msgspec.msgpack.encode(msgspec.structs.replace(contents, **changes)))
-    to.write_bytes(sealed.seal(plain, PASSPHRASE, magic=backup.MAGIC, about={}))
+    to.write_bytes(sealed.seal(plain, PASSPHRASE, magic=sealed.BACKUP, about={}))
     return to
 
 
@@ -157,7 +157,7 @@ def test_what_opens_and_is_no_backup_is_refused(file: Path, tmp_path: Path) -> N
     with pytest.raises(DowngradeError, match="knows up to 1"):
         backup.load(newer, PASSPHRASE)
     for content in (b"text", zlib.compress(b"\xc1")):
-        (tmp_path / "b").write_bytes(sealed.seal(content, PASSPHRASE, magic=backup.MAGIC, about={}))
+        (tmp_path / "b").write_bytes(sealed.seal(content, PASSPHRASE, magic=sealed.BACKUP, about={}))
         with pytest.raises(StorageError, match="holds no backup"):
             backup.load(tmp_path / "b", PASSPHRASE)
     with pytest.raises(TrustError, match=str(file)):

@@ -9,13 +9,15 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from cluster_bundle import Cluster
+from cluster_bundle import NOW, Cluster
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from appliance.errors import ImageError
-from appliance.pki import ssh_keys
+from appliance.pki import sealed, ssh_keys
+from appliance.pki.authority import Authority
 from appliance.pki.identity import Identity
+from appliance.pki.secret import Secret
 from image_builder import private_keys, scan
 
 
@@ -73,6 +75,40 @@ def test_keys_of_the_cluster_are_named_and_never_allowed(tmp_path: Path) -> None
     assert len(problems) == 2
     assert "a root CA's" in problems[0]
     assert "the SSH host key of node 1" in problems[1]
+
+
+def test_what_a_controller_sealed_is_never_allowed(tmp_path: Path) -> None:
+    cluster, passphrase = Cluster(), Secret(b"five random words or more")
+    key = cluster.authority.key_file(passphrase).reveal()
+    backup = sealed.seal(b"all of it", passphrase, magic=sealed.BACKUP, about={"cluster_id": "c-1"})
+    mentioned = sealed.ROOT_KEY + b"\nis what such a file begins with"
+    found = notes(tmp_path, b"x" * 999 + key, mentioned, backup)
+    assert [note.kind for note, _ in found] == ["sealed root key", "sealed backup of a controller"]
+    known = {note.digest for note, _ in found}
+    told = private_keys.problems(found, cluster={}, image_key="", known=known)
+    assert "a sealed root key lies at byte 999" in told[0]
+    assert "a sealed backup of a controller lies at byte" in told[1]
+    owners = private_keys.of_cluster(cluster.authority.certificate_pem.decode(), cluster.document())
+    (first, _) = private_keys.problems(found, cluster=owners, image_key="", known=known)
+    assert first == "a private key of the cluster lies at byte 999: a root CA's"
+
+
+def test_a_key_beside_its_certificate_of_any_cluster_is_never_allowed(tmp_path: Path) -> None:
+    """What a system was used for before: nothing in the bundle tells of these keys."""
+    other = Authority.create("c-other", now=NOW)
+    issuing, node = other.issue_issuing(now=NOW), other.issue_node(node=1, addresses=["192.0.2.1"], now=NOW)
+    stranger = ec_pem()
+    path = tmp_path / "disk"
+    pairs = [pem for one in (issuing, node) for pem in (one.certificate_pem, one.key.reveal())]
+    in_json = json.dumps({"certificate": issuing.certificate_pem.decode()}).encode()
+    path.write_bytes(b"\0".join([*pairs, in_json, stranger, b"-----BEGIN CERTIFICATE-----\n" + b"A" * 99]))
+    found = scan.look_through(path)
+    owners = private_keys.of_certificates([*found.certificates, b"appliance://torn"])
+    known = {private_keys.note(key).digest for key in found.keys}
+    told = private_keys.problems(
+        [(private_keys.note(key), key.offset) for key in found.keys], cluster=owners, image_key="", known=known
+    )
+    assert [text.partition(": ")[2] for text in told] == ["a CA's, of cluster c-other", "node 1's, of cluster c-other"]
 
 
 def test_the_image_key_and_keys_of_the_system_may_be_there(tmp_path: Path) -> None:

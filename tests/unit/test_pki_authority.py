@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from appliance.errors import PassphraseError, TrustError, UsageError, WrongPassphraseError
 from appliance.pki import certificate, sealed
-from appliance.pki.authority import KEY_MAGIC, Authority, Issuer, certificate_terms
+from appliance.pki.authority import Authority, Issuer, certificate_terms
 from appliance.pki.secret import Secret
 from appliance.protocol.trust import TRUST_TYPE
 
@@ -187,11 +187,11 @@ def test_the_sealed_key_of_another_root_is_found_without_opening_it() -> None:
         Authority.load(AUTHORITY.certificate_pem, other.key_file(PASSPHRASE).reveal())
     # One that only says that it is ours is found when it is opened.
     about = {"key_id": AUTHORITY.key_id}
-    lie = sealed.seal(other.key_file().reveal(), PASSPHRASE, magic=KEY_MAGIC, about=about)
+    lie = sealed.seal(other.key_file().reveal(), PASSPHRASE, magic=sealed.ROOT_KEY, about=about)
     with pytest.raises(TrustError, match="don't belong together"):
         Authority.load(AUTHORITY.certificate_pem, lie).unlock(PASSPHRASE)
     with pytest.raises(TrustError, match="header is damaged"):
-        Authority.load(AUTHORITY.certificate_pem, KEY_MAGIC + b"\nnonsense\n")
+        Authority.load(AUTHORITY.certificate_pem, sealed.ROOT_KEY + b"\nnonsense\n")
 
 
 def test_guessing_a_passphrase_is_slow() -> None:

@@ -7,7 +7,6 @@ made the seed by hand) is passed on as it is, and the wishes that would go into 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +18,6 @@ FILES = (protocol.USER_DATA_FILE, protocol.META_DATA_FILE, protocol.NETWORK_CONF
 HOOKS_DIRECTORY = "/etc/appliance/hooks/"
 LISTEN_FILE = "/etc/ssh/sshd_config.d/20-listen.conf"
 _HEAD = "#cloud-config"
-_LOCAL_HOSTNAME = re.compile(r'^local-hostname: *"?([A-Za-z0-9][A-Za-z0-9-]{0,62})"? *$', re.MULTILINE)
 
 
 def with_wishes(files: Mapping[str, bytes], wishes: Wishes, notes: list[str]) -> dict[str, bytes]:
@@ -36,7 +34,7 @@ def with_wishes(files: Mapping[str, bytes], wishes: Wishes, notes: list[str]) ->
     if wishes.hostname and protocol.META_DATA_FILE in found:
         text = found[protocol.META_DATA_FILE].decode("utf-8", "replace")
         named = f"local-hostname: {json.dumps(wishes.hostname)}"
-        found[protocol.META_DATA_FILE] = _LOCAL_HOSTNAME.sub(named, text).encode()
+        found[protocol.META_DATA_FILE] = wished.LOCAL_HOSTNAME.sub(named, text).encode()
     if (wishes.hostname or wishes.operator_key) and protocol.USER_DATA_FILE in found:
         config = _config(found[protocol.USER_DATA_FILE])
         if config is None:
@@ -70,12 +68,6 @@ def _config(raw: bytes) -> dict[str, Any] | None:
 
 def _rendered(config: Mapping[str, Any]) -> bytes:
     return "\n".join([_HEAD, *(f"{name}: {json.dumps(value)}" for name, value in config.items()), ""]).encode()
-
-
-def host_name(meta_data: bytes) -> str:
-    """Returns the host name that meta-data give, "" where they give none."""
-    found = _LOCAL_HOSTNAME.search(meta_data.decode("utf-8", "replace"))
-    return found[1] if found else ""
 
 
 def has_hooks(user_data: bytes) -> bool:

@@ -31,7 +31,7 @@ import msgspec
 from appliance.errors import ApplianceError, SeedError
 from appliance.machine import cloud_seed
 from appliance.machine.disk import Disk
-from appliance.machine.wishes import Wishes
+from appliance.machine.wishes import Wishes, meta_host_name
 from appliance.paths import Paths
 from appliance.protocol import seed as protocol
 from appliance.protocol import strict_json
@@ -92,6 +92,7 @@ class FirstBoot:
         boot_id: of this boot.
         now: seconds since 1970.
         needs_seed: False on a controller's image, which may have none.
+        own_mark: returns what tells this VM from others of its image, a few letters and digits; "" if nothing does.
         set_host_name: tells the kernel.
     """
 
@@ -105,6 +106,7 @@ class FirstBoot:
         boot_id: str,
         now: int,
         needs_seed: bool = True,
+        own_mark: Callable[[], str] = lambda: "",
         set_host_name: Callable[[str], None] = socket.sethostname,
     ) -> None:
         self._paths = paths
@@ -114,6 +116,7 @@ class FirstBoot:
         self._boot_id = boot_id
         self._now = now
         self._needs_seed = needs_seed
+        self._own_mark = own_mark
         self._set_host_name = set_host_name
         self._document = Document(paths.first_boot_file, Record)
         self.record = Record()
@@ -173,7 +176,7 @@ class FirstBoot:
                 hint="bake one into it: `image-builder build`",
                 code="SEED-010",
             )
-        wishes = self._wishes()
+        wishes = self._named(self._wishes(), files.get(protocol.META_DATA_FILE, b""))
         cloud = cloud_seed.with_wishes(files, wishes, self.notes)
         self._write(self._paths.root / CLOUD_DIRECTORY, cloud, None)
         self._hand_over(wishes)
@@ -203,7 +206,7 @@ class FirstBoot:
     def _name(self) -> Record:
         meta = self._paths.root / CLOUD_DIRECTORY / protocol.META_DATA_FILE
         try:
-            name = cloud_seed.host_name(read_limited(meta, max_bytes=protocol.MAX_SEED_BYTES))
+            name = meta_host_name(read_limited(meta, max_bytes=protocol.MAX_SEED_BYTES))
         except FileNotFoundError:
             name = ""
         if name:
@@ -243,6 +246,13 @@ class FirstBoot:
         wishes = self._gather(cluster_id)
         self.notes += wishes.notes
         return wishes
+
+    def _named(self, wishes: Wishes, meta_data: bytes) -> Wishes:
+        """Gives an SE that nobody named a host name of its own: a fleet of one name can't be told apart in any log."""
+        if not self._needs_seed or wishes.hostname or meta_host_name(meta_data):
+            return wishes
+        mark = self._own_mark()
+        return msgspec.structs.replace(wishes, hostname=f"{protocol.DEFAULT_HOSTNAME}-{mark}") if mark else wishes
 
     def _hand_over(self, wishes: Wishes) -> None:
         """Gives the SE's daemon what it may know; without any wish, what an earlier boot heard stays."""

@@ -3,7 +3,8 @@
 Bytes in, values out. None of it is an anchor of trust, so whoever attaches a disk can't choose whom the VM believes:
 
 1. `seed.json` on a disk labelled `cidata` gives addresses, a token and hints; its trust files and its user-data are
-   left alone and told. One that names another cluster than the image's is left out.
+   left alone and told. One that names another cluster than the image's is left out. The host name is that of its
+   meta-data, else the hints' name.
 2. `network-config` there is taken in the form that image-builder writes, field by field; any other form is left out.
 3. An OVF environment gives what `protocol.ovf` reads. It is heard last, so its word counts.
 4. What is wrong is left out and told in a sentence; the rest counts.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,10 +25,14 @@ from appliance.machine.media import Medium
 from appliance.protocol import ovf, strict_json
 from appliance.protocol import seed as protocol
 
+LOCAL_HOSTNAME = re.compile(r'^local-hostname: *"?([A-Za-z0-9][A-Za-z0-9-]{0,62})"? *$', re.MULTILINE)
+"""In meta-data as image-builder writes them."""
 _LABEL = "cidata"
 _MANAGEMENT = "eth0"
 """The first card of our own system (net.ifnames=0)."""
-NAMES = (protocol.SEED_FILE, protocol.TRUST_FILE, protocol.NETWORK_CONFIG_FILE, ovf.FILE_NAME)
+NAMES = (
+    protocol.SEED_FILE, protocol.TRUST_FILE, protocol.META_DATA_FILE, protocol.NETWORK_CONFIG_FILE, ovf.FILE_NAME,
+)  # fmt: skip
 """Files that are looked for on attached disks."""
 MAX_BYTES = protocol.MAX_SEED_BYTES
 
@@ -145,6 +151,8 @@ def _with_disk(wishes: Wishes, medium: Medium, cluster_id: str) -> Wishes:
             "token": seed.token or wishes.token,
             "hints": wishes.hints if wrong else seed.hints,
         }
+        named = meta_host_name(medium.files.get(protocol.META_DATA_FILE, b"")) or host_name(changed["hints"].name)
+        changed["hostname"] = named or wishes.hostname
     return _told(wishes, medium.source, problems, **changed)
 
 
@@ -176,6 +184,12 @@ def _with_environment(wishes: Wishes, source: str, document: bytes) -> Wishes:
 def host_name(name: str) -> str:
     """Returns the host name (RFC 1123) that a name gives."""
     return name.replace("_", "-").replace(".", "-").strip("-").lower()
+
+
+def meta_host_name(meta_data: bytes) -> str:
+    """Returns the host name that meta-data give, "" where they give none, or the one that stands for none."""
+    found = LOCAL_HOSTNAME.search(meta_data.decode("utf-8", "replace"))
+    return "" if found is None or found[1] == protocol.DEFAULT_HOSTNAME else found[1]
 
 
 def _network_of(told: ovf.Told) -> bytes:

@@ -13,6 +13,7 @@ from machine_disk import META_DATA, SEED_BYTES, SEED_START, USER_DATA
 
 from appliance.errors import ChildError, StorageError
 from appliance.machine import cloud_seed, console, role, wishes
+from appliance.machine.boot import own_mark
 from appliance.machine.disk import Disk
 from appliance.machine.first_boot import FirstBoot, Record, Step, next_step
 from appliance.machine.media import Medium
@@ -34,9 +35,9 @@ CLUSTER = Cluster()
 NOBODY = Wishes()
 
 
-def seed_files(**more: str) -> dict[str, bytes]:
+def seed_files(name: str = "edge-1", **more: str) -> dict[str, bytes]:
     baked = bake(
-        CLUSTER.bundle(), BakeWishes(name="edge-1"), baked_at=NOW, now=NOW, target=cloud.Target.OWN,
+        CLUSTER.bundle(), BakeWishes(name=name), baked_at=NOW, now=NOW, target=cloud.Target.OWN,
         cloud_wishes=cloud.CloudWishes(**more),  # type: ignore[arg-type]
     )  # fmt: skip
     return {one.name: one.content for one in baked.files}
@@ -59,13 +60,13 @@ class Boot(FirstBoot):
 
     def __init__(
         self, paths: Paths, disk: Disk | None, *, wished: Wishes = NOBODY, boot_id: str = "boot-1",
-        gather: Callable[[str], Wishes] | None = None,
+        gather: Callable[[str], Wishes] | None = None, own_mark: str = "12ab56",
     ) -> None:  # fmt: skip
         self.host_names: list[str] = []
         owner = (65534, 65534) if os.geteuid() == 0 else None
         super().__init__(
             paths, disk=disk, gather=gather or (lambda _: wished), owner=owner, boot_id=boot_id, now=NOW,
-            set_host_name=self.host_names.append,
+            own_mark=lambda: own_mark, set_host_name=self.host_names.append,
         )  # fmt: skip
 
 
@@ -73,7 +74,7 @@ def image_key_is_on(path: Path) -> bool:
     return CLUSTER.image_key.pkcs8().reveal().splitlines()[1] in path.read_bytes()
 
 
-def check_whole(paths: Paths, disk: Disk) -> None:
+def check_whole(paths: Paths, disk: Disk, *, host_name: str = "edge-1") -> None:
     """What must hold after first boot, however often it was cut."""
     given = paths.root / "etc/appliance/seed"
     assert {file.name for file in given.iterdir()} == {"seed.json", "root-ca.pem", "trust.json", "image-key.pem"}
@@ -88,7 +89,7 @@ def check_whole(paths: Paths, disk: Disk) -> None:
     assert not image_key_is_on(disk.path)
     assert disk.path.read_bytes()[SEED_START : SEED_START + SEED_BYTES - (1 << 20)] == bytes(SEED_BYTES - (1 << 20))
     assert disk.seed_partition() is None
-    assert (paths.root / "etc/hostname").read_text() == "edge-1\n"
+    assert (paths.root / "etc/hostname").read_text() == f"{host_name}\n"
     key = paths.root / "etc/ssh/ssh_host_ed25519_key"
     assert key.stat().st_mode & 0o777 == 0o600
     assert key.with_suffix(".pub").read_text().startswith("ssh-ed25519 ")
@@ -258,14 +259,15 @@ def test_a_foreign_disk_gives_hints_and_never_an_anchor(paths: Paths, disk: Disk
     wished = wishes.gather([medium], [], cluster_id="c-1")
     assert any("trust document is left alone" in note for note in wished.notes)
     list(Boot(paths, disk, wished=wished).run())
-    check_whole(paths, disk)
+    check_whole(paths, disk, host_name="by-disk")
     loaded = se_seed.load(paths, setting="")
     assert loaded.document.roots == [CLUSTER.authority.certificate_pem.decode()]
     assert loaded.image_key is not None
     assert loaded.image_key.public_line == CLUSTER.image_key.public_line
     assert loaded.controllers == ("c.example:8443", "198.51.100.9:8443")
     assert loaded.hints == Hints(name="by-disk", labels={"site": "north"})
-    assert (paths.root / "var/lib/cloud/seed/nocloud/user-data").read_bytes() == seed_files()["user-data"]
+    config = wishes.read_lines((paths.root / "var/lib/cloud/seed/nocloud/user-data").read_bytes())
+    assert config == {**wishes.read_lines(seed_files()["user-data"]), "hostname": "by-disk"}
 
 
 def test_a_disk_of_another_cluster_and_a_broken_one_are_left_out() -> None:
@@ -300,7 +302,7 @@ def test_an_ovf_environment_becomes_network_name_key_and_addresses(paths: Paths,
     assert config["hostname"] == "edge-7-example"
     assert config["ssh_authorized_keys"] == [line]
     assert config["write_files"][-1]["path"] == cloud_seed.LISTEN_FILE
-    assert cloud_seed.host_name((taken / "meta-data").read_bytes()) == "edge-7-example"
+    assert wishes.meta_host_name((taken / "meta-data").read_bytes()) == "edge-7-example"
     loaded = se_seed.load(paths, setting="")
     assert loaded.controllers == ("c.example:8443", "192.0.2.1:8443", "198.51.100.1:9443")
     assert loaded.hints.name == "Edge_7.example"
@@ -388,12 +390,58 @@ def test_the_cluster_of_the_image_is_known_when_wishes_are_gathered(paths: Paths
     assert asked == ["c-1"]
 
 
+@pytest.mark.parametrize(("baked", "on_disk", "expected"), [
+    ("", {}, "appliance-se-12ab56"),
+    ("edge-1", {}, "edge-1"),
+    ("", {"name": "Edge_7.north"}, "edge-7-north"),
+    ("edge-1", {"name": "branch-7"}, "branch-7"),
+    ("edge-1", {"name": "branch-7", "hostname": "vm-7"}, "vm-7"),
+    ("edge-1", {"hostname": "vm-7"}, "vm-7"),
+])  # fmt: skip
+def test_the_host_name_is_what_was_wished_else_one_of_its_own(
+    paths: Paths, tmp_path: Path, baked: str, on_disk: dict[str, str], expected: str
+) -> None:
+    """A disk of `image-builder seed` for one VM, over the name in the image that all of them share."""
+    disk = machine_disk.make(tmp_path / "named", seed_files(baked))
+    media = []
+    if on_disk:
+        own = bake(CLUSTER.bundle(), BakeWishes(**on_disk), baked_at=NOW, now=NOW)  # type: ignore[arg-type]
+        media = [Medium("sr0", "CIDATA", {file.name: file.content for file in own.files})]
+    boot = Boot(paths, disk, wished=wishes.gather(media, [], cluster_id="c-1"))
+    list(boot.run())
+    assert boot.host_names == [expected]
+    assert (paths.root / "etc/hostname").read_text() == f"{expected}\n"
+    taken = paths.root / "var/lib/cloud/seed/nocloud"
+    assert wishes.meta_host_name((taken / "meta-data").read_bytes()) == expected, "cloud-init would set another"
+    config = wishes.read_lines((taken / "user-data").read_bytes())
+    assert config["hostname"] == expected
+
+
+def test_a_vm_that_nothing_tells_from_others_keeps_the_images_name(paths: Paths, tmp_path: Path) -> None:
+    boot = Boot(paths, machine_disk.make(tmp_path / "unnamed", seed_files("")), own_mark="")
+    assert list(boot.run()) == list(Step)
+    assert boot.host_names == []
+
+
+def test_a_vms_own_mark_is_the_end_of_its_mac_address(tmp_path: Path) -> None:
+    assert own_mark(tmp_path) == ""
+    machine_id, address = tmp_path / "etc/machine-id", tmp_path / "sys/class/net/eth0/address"
+    for path in (machine_id, address):
+        path.parent.mkdir(parents=True)
+    machine_id.write_text("0123456789abcdef0123456789abcdef\n")
+    assert own_mark(tmp_path) == "012345"
+    address.write_text("52:54:00:AB:cd:56\n")
+    assert own_mark(tmp_path) == "abcd56"
+    address.write_text("\n")
+    assert own_mark(tmp_path) == "012345"
+
+
 def test_user_data_of_another_form_is_passed_on_as_it_is() -> None:
     notes: list[str] = []
     files = {"user-data": b"#cloud-config\nusers:\n  - x\n", "meta-data": META_DATA}
     found = cloud_seed.with_wishes(files, Wishes(hostname="b"), notes)
     assert found["user-data"] == files["user-data"]
-    assert cloud_seed.host_name(found["meta-data"]) == "b"
+    assert wishes.meta_host_name(found["meta-data"]) == "b"
     assert len(notes) == 1
 
 

@@ -154,6 +154,14 @@ def list_(context: CliContext, states: tuple[str, ...], sort: str) -> None:
     print_table(console, wanted, now=time.time())
 
 
+def _image_key(detail: SeDetail, now: float) -> Cell:
+    if not detail.summary.image_key_id:
+        return output.NONE
+    gone_at = detail.image_key_gone_at
+    told = f"its copies destroyed {output.moment(gone_at, now=now)}" if gone_at else "not told that it was destroyed"
+    return f"{detail.summary.image_key_id}, {told}"
+
+
 def _detail_fields(detail: SeDetail, now: float) -> list[tuple[str, Cell]]:
     se, facts = detail.summary, detail.facts
     return [
@@ -172,7 +180,7 @@ def _detail_fields(detail: SeDetail, now: float) -> list[tuple[str, Cell]]:
         ("labels", _labels(se.labels)),
         ("enrolled", f"{output.moment(se.enrolled_at, now=now)} ({output.ago(se.enrolled_at, now)}), {detail.status}"),
         ("confirmed", f"{output.moment(detail.confirmed_at, now=now)} ({output.ago(detail.confirmed_at, now)})"),
-        ("image key", se.image_key_id or output.NONE),
+        ("image key", _image_key(detail, now)),
         ("key", detail.thumbprint),
         *(("sshd host key", key) for key in detail.host_keys),
         ("DMI UUID", facts.dmi_uuid or output.NONE),

@@ -41,6 +41,7 @@ from appliance.protocol.tunnel import (
     HeartbeatAnswer,
     Hello,
     HelloAnswer,
+    ImageKeyCopies,
     Newcomer,
     RotateAnswer,
     RotateKey,
@@ -125,6 +126,7 @@ class ChannelApi:
             rate_per_s=1.0, burst=sys.maxsize, source_rate_per_s=ALARMS_PER_H / 3600, source_burst=ALARMS_PER_H,
             now=wall(),
         )  # fmt: skip
+        self._noting: set[asyncio.Task[None]] = set()
         self._hellos: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     def endpoints(self) -> list[Endpoint]:
@@ -312,6 +314,7 @@ class ChannelApi:
         link.trust_version = beat.trust_version
         if first:
             self._tested(link, beat)
+            self._image_key_told(link, beat.image_key)
         self._fleet.heartbeat(link, rtt_s=beat.rtt_s, skew_s=beat.time - now, spool_bytes=beat.spool_bytes)
         accepted = 0
         if beat.telemetry and not link.quarantined:
@@ -338,6 +341,38 @@ class ChannelApi:
             text = f"{self._record(link).name}: {unconfined(link.open_doors)}"
             _log.error("%s", text, extra={"stage": "tunnel", "se_id": link.se_id})
             self._fleet.events.emit("tunnel", "se.unconfined", link.se_id, text)
+
+    def _image_key_told(self, link: Link, copies: ImageKeyCopies) -> None:
+        """Notes once what became of the SE's copies of its image key: its own word, which decides nothing."""
+        if link.quarantined or copies is ImageKeyCopies.UNTOLD:
+            return
+        record = self._record(link)
+        if copies is ImageKeyCopies.LEFT:
+            text = f"{record.name} could not destroy its copy of the image key {record.image_key_id}: its log says why"
+            _log.warning("%s", text, extra={"stage": "enroll", "se_id": link.se_id})
+            self._fleet.events.emit("enroll", "se.image-key-left", link.se_id, text)
+        elif not record.image_key_gone_at:
+            task = asyncio.get_running_loop().create_task(self._note_image_key_gone(record, link.source))
+            self._noting.add(task)
+            task.add_done_callback(self._noting.discard)
+
+    async def _note_image_key_gone(self, record: SeRecord, source: str) -> None:
+        now, registry = self._wall(), self._fleet.registry
+
+        def gone(se: SeRecord) -> SeRecord:
+            return se if se.image_key_gone_at else msgspec.structs.replace(se, image_key_gone_at=now)
+
+        try:
+            noted = await registry.change_se(
+                record.se_id, gone, actor=f"se {source}", action="enroll.image-key-destroyed",
+                detail=f"the SE destroyed its copies of {record.image_key_id}",
+            )  # fmt: skip
+        except ApplianceError as error:  # its next link tells it again
+            _log.warning("not noted that an image key was destroyed: %s", error.message, extra={"se_id": record.se_id})
+            return
+        if noted.image_key_gone_at == now:
+            text = f"{record.name} destroyed its copies of the image key {record.image_key_id}"
+            self._fleet.events.emit("enroll", "se.image-key-destroyed", record.se_id, text)
 
     @_stored
     async def rotate_key(self, request: Request, wish: RotateKey) -> RotateAnswer:

@@ -422,6 +422,7 @@ class Fleet:
             host_keys=record.host_keys,
             facts=record.seen_facts if record.confirmed_at else record.facts,
             confirmed_at=record.confirmed_at,
+            image_key_gone_at=record.image_key_gone_at,
             last_heartbeat_at=self.last_heartbeat_at(record.se_id),
             drift=drift(record),
             alarms=alarms,

@@ -43,6 +43,13 @@ def _found(error: ApplianceError, status: int) -> ProblemError:
     return ProblemError(simple_problem(status, error.code, error.message, advice=error.hint))
 
 
+def _stored_text(record: SeRecord) -> str:
+    if not record.confirmed_at:
+        return "the SE has not said so yet"
+    destroyed = ", and destroyed its copies of the image key" if record.image_key_gone_at else ""
+    return f"the SE confirmed its first hello{destroyed}"
+
+
 def _number(request: Request, name: str, default: float) -> float:
     text = request.query_params.get(name, "")
     try:
@@ -176,7 +183,7 @@ class OperatorApi:
             self._grant_link(record, derived.text),
             Link(
                 step=Step.STORED, result=ok if record.confirmed_at else unseen, at=record.confirmed_at,
-                text="the SE confirmed its first hello" if record.confirmed_at else "the SE has not said so yet",
+                text=_stored_text(record),
             ),
         ]  # fmt: skip
         if record.status not in {SeStatus.ENROLLED, SeStatus.PENDING, SeStatus.REJECTED}:

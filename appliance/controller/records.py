@@ -56,6 +56,8 @@ class SeRecord(msgspec.Struct, frozen=True, kw_only=True):
     attempt_id: str = ""
     confirmed_at: float = 0.0
     """First confirmed hello; from then on the image key is spent for this SE."""
+    image_key_gone_at: float = 0.0
+    """When this SE first said that it destroyed its copies of the image key."""
     seen_facts: InstanceFacts = InstanceFacts()
     """Facts of the newest hello, compared with those of the enrollment: drift."""
     ticket: str = ""

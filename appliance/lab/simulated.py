@@ -129,6 +129,7 @@ class SimulatedSe:
         self.ticket = ""
         self.spent = False
         self.open_doors: list[tunnel.Door] = []
+        self.image_key = tunnel.ImageKeyCopies.UNTOLD
         """What the self-test of its link was granted; said with each heartbeat."""
         self.links = 0
         self.conn: asyncssh.SSHClientConnection | None = None
@@ -329,6 +330,7 @@ class SimulatedSe:
             self.ticket = answer.ticket
             confirmed = await self.say(tunnel.CONFIRM_PATH, Confirm(ticket=answer.ticket), ConfirmAnswer)
             self.spent = confirmed.spent
+            self.image_key = tunnel.ImageKeyCopies.DESTROYED if self.spent else tunnel.ImageKeyCopies.UNTOLD
             self.open_doors = await self.self_test()
         return answer
 
@@ -362,6 +364,7 @@ class SimulatedSe:
             telemetry=self.telemetry() if telemetry else [],
             trust_version=self.trust.version if self.trust else 0,
             open_doors=self.open_doors,
+            image_key=self.image_key,
         )
         answer = await self.say(tunnel.HEARTBEAT_PATH, message, HeartbeatAnswer)
         self._rtt_s = time.monotonic() - started

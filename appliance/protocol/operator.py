@@ -138,6 +138,8 @@ class SeDetail(msgspec.Struct, kw_only=True):
     host_keys: list[str]
     facts: InstanceFacts
     confirmed_at: float
+    image_key_gone_at: float = 0.0
+    """When the SE first said that it destroyed its copies of the image key; 0: it hasn't."""
     last_heartbeat_at: float
     drift: list[str]
     """Changed self-asserted facts, one sentence each."""

@@ -27,7 +27,7 @@ the lower of the two, and from then on nothing is said that the lower one doesn'
 is read before anything is agreed on. What each number added:
 
     1    everything above
-    2    Heartbeat.open_doors; EnrollRequest.protocol
+    2    Heartbeat.open_doors, .image_key; EnrollRequest.protocol
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from appliance.protocol.trust import Envelope
 PROTOCOL_NUMBER = 2
 OLDEST_PROTOCOL_NUMBER = 1
 SELF_TEST_SINCE = 2
+IMAGE_KEY_TOLD_SINCE = 2
 
 CHANNEL_HOST = "channel"
 CHANNEL_PORT = 80
@@ -128,6 +129,15 @@ def read_slot(received: bytes) -> float | None:
     return min(int(found[1]) / 1000, MAX_SLOT_S) if found else None
 
 
+class ImageKeyCopies(enum.StrEnum):
+    """What became of an SE's copies of its image key, once that was spent."""
+
+    UNTOLD = ""
+    DESTROYED = "destroyed"
+    LEFT = "left"
+    """One could not be destroyed; the SE's log says why."""
+
+
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """First request on a link."""
 
@@ -194,6 +204,8 @@ class Heartbeat(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     trust_version: int = 0
     open_doors: Annotated[list[Door], msgspec.Meta(max_length=len(Door))] = []
     """What the controller granted in the self-test of this link although it must not. Since protocol 2."""
+    image_key: ImageKeyCopies = ImageKeyCopies.UNTOLD
+    """Told with the first heartbeat of a link. Since protocol 2."""
 
 
 class HeartbeatAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):

@@ -22,7 +22,7 @@ import msgspec
 from appliance.errors import ApplianceError
 from appliance.paths import Paths
 from appliance.protocol import why
-from appliance.protocol.tunnel import LinkState
+from appliance.protocol.tunnel import ImageKeyCopies, LinkState
 from appliance.protocol.why import Step, StepResult
 from appliance.runtime import child, host, log, systemd
 from appliance.runtime.clock import Clock, SystemClock
@@ -210,10 +210,11 @@ def _link(
             clock=clock,
         )
 
-    def spent() -> None:
-        told, grant = state.scrub_image_key(paths), state.require().grant
+    def spent() -> ImageKeyCopies:
+        (copies, told), grant = state.scrub_image_key(paths), state.require().grant
         if told and grant is not None:
             health.step(Step.STORED, StepResult.OK, f"enrolled as SE number {grant.number}; {', '.join(told)}")
+        return copies
 
     def on_change() -> None:
         states = links.states()

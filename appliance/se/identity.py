@@ -27,6 +27,7 @@ from appliance.protocol import seed as protocol
 from appliance.protocol import strict_json
 from appliance.protocol.enroll import Grant
 from appliance.protocol.trust import Envelope, Receipt
+from appliance.protocol.tunnel import ImageKeyCopies
 from appliance.runtime import log
 from appliance.storage.atomic import make_dir, read_limited, remove_durably, set_aside, write_atomic
 from appliance.storage.document import Document
@@ -251,14 +252,15 @@ class SeState:
         """Stores this SE's own copy: the disk it came from may be gone at the next boot. Raises `StorageError`."""
         write_atomic(self.image_key_path, key.pkcs8().reveal(), mode=0o600)
 
-    def scrub_image_key(self, paths: Paths) -> list[str]:
+    def scrub_image_key(self, paths: Paths) -> tuple[ImageKeyCopies, list[str]]:
         """Destroys the copies of the image key: this SE's own and the image's, not that of a seed named by a setting.
 
         Hygiene, no input to a decision: a failure is told and passed over.
 
         Returns:
-            What became of each copy that was there, a clause each.
+            What to tell the controller, and what became of each copy that was there, a clause each.
         """
+        copies = ImageKeyCopies.DESTROYED
         told = []
         for path in (self.image_key_path, paths.root / IMAGE_DIRECTORY / protocol.IMAGE_KEY_FILE):
             try:
@@ -269,7 +271,8 @@ class SeState:
             except (ApplianceError, OSError) as error:
                 self._log.warning("the spent image key %s could not be destroyed: %s", path, error)
                 told.append(f"image key {path} NOT destroyed: {error}")
-        return told
+                copies = ImageKeyCopies.LEFT
+        return copies, told
 
     def _tell(self, error: DocumentBrokenError) -> None:
         self.set_aside.append(error.message)

@@ -145,8 +145,8 @@ class Caller:
     witness: AuditWitness
     facts: Callable[[], InstanceFacts]
     host_keys: Callable[[], list[str]]
-    spent: Callable[[], None]
-    """Called when the controller says that the image key is spent."""
+    spent: Callable[[], said.ImageKeyCopies]
+    """Called when the controller says that the image key is spent; returns what became of its copies."""
     telemetry: TelemetrySource
     spool: SpoolFigures
     tell: Callable[[Step, StepResult, str, str, str], None]
@@ -208,6 +208,7 @@ class Link:
         self._protocol = said.PROTOCOL_NUMBER
         """What both sides speak, once hello was answered."""
         self._open_doors: list[said.Door] = []
+        self._image_key = said.ImageKeyCopies.UNTOLD
 
     def run(self, stop: StopToken) -> None:
         """Lives until lost or told to stop; returns in the latter case.
@@ -344,7 +345,7 @@ class Link:
             self._log.warning("%s", text, extra={"node": node})
         caller.tell(Step.HELLO, StepResult.OK, text, "", "")
         if confirmed.spent:
-            caller.spent()
+            self._image_key = caller.spent()
         if answer.trust is not None:
             caller.beliefs.accept(answer.trust)
         if answer.audit_head is not None:
@@ -388,6 +389,7 @@ class Link:
             raise TunnelError(f"{MAX_UNANSWERED} heartbeats unanswered, though the controller sends", code="TUNNEL-042")
         samples, last_id = self._telemetry()
         self._sequence += 1
+        is_first, untold = self._sequence == 1, said.ImageKeyCopies.UNTOLD
         beat = said.Heartbeat(
             sequence=self._sequence,
             time=self._clock.now(),
@@ -397,6 +399,7 @@ class Link:
             spool_dropped=self._caller.spool.dropped,
             trust_version=self._caller.beliefs.version,
             open_doors=self._open_doors if self._protocol >= said.SELF_TEST_SINCE else [],
+            image_key=self._image_key if is_first and self._protocol >= said.IMAGE_KEY_TOLD_SINCE else untold,
         )
         # The time is taken before the send: the controller's answer may be here before the next line runs.
         self._sent.append(_Sent(self._sequence, self._clock.monotonic(), last_id))

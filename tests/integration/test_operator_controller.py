@@ -15,6 +15,7 @@ import pytest
 from rig import RunningController, machine, until_async
 
 from appliance.errors import NotFoundError
+from appliance.protocol.tunnel import ImageKeyCopies
 from appliance.protocol.why import Step, StepResult
 
 
@@ -42,6 +43,45 @@ def test_why_names_the_first_step_that_failed_for_each_kind_of_subject(controlle
             assert "stolen" in controller.operator.why("told").verdict
         with pytest.raises(NotFoundError):
             controller.operator.why("198.51.100.7")
+
+    asyncio.run(go())
+
+
+def test_an_image_key_that_an_se_destroyed_is_reported_once(controller: RunningController) -> None:
+    action, kind = "enroll.image-key-destroyed", "se.image-key-destroyed"
+
+    def events(name: str) -> list[str]:
+        found = [event for event in controller.operator.events() if event.kind.startswith("se.image-key-")]
+        return [event.kind for event in found if event.text.startswith(f"{name} ")]
+
+    async def go() -> None:
+        async with machine() as stand:
+            se = stand.se(controller.bundle, "scrubs")
+            await se.enroll()
+            assert controller.operator.se("scrubs").image_key_gone_at == 0.0
+            for _ in range(2):
+                await se.link()
+                await se.beat()
+                await until_async(lambda: controller.operator.se("scrubs").image_key_gone_at > 0, what="it is noted")
+                se.close()
+                await until_async(lambda: controller.state("scrubs").startswith("DOWN"), what="DOWN")
+            await until_async(lambda: events("scrubs"), what="the event")
+            assert events("scrubs") == [kind]
+            audit = controller.operator.audit()
+            (entry,) = [one for one in audit if (one.action, one.subject) == (action, se.se_id)]
+            assert controller.bundle.image_key_id in entry.detail
+            assert "destroyed its copies of the image key" in controller.operator.why("scrubs").steps[4].text
+            assert "its copies destroyed" in controller.command("se", "show", "scrubs").stdout
+
+            keeps = stand.se(controller.bundle, "keeps")
+            await keeps.enroll()
+            await keeps.link()
+            keeps.image_key = ImageKeyCopies.LEFT
+            await keeps.beat()
+            await until_async(lambda: events("keeps"), what="the event")
+            assert events("keeps") == ["se.image-key-left"]
+            assert controller.operator.se("keeps").image_key_gone_at == 0.0
+            assert "not told that it was destroyed" in controller.command("se", "show", "keeps").stdout
 
     asyncio.run(go())
 

@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,7 @@ class Stand:
             witness=Witness(self.state.directory / "witness.json", self.beliefs),
             facts=InstanceFacts,
             host_keys=lambda: ["ssh-ed25519 AAAA"],
-            spent=partial(self.state.scrub_image_key, self.paths),
+            spent=lambda: self.state.scrub_image_key(self.paths)[0],
             telemetry=self.samples,
             spool=self.samples,
             tell=lambda step, result, text, _code, _hint: self.told.append((step, result, text)),
@@ -218,10 +217,24 @@ def test_a_ticket_that_cannot_be_stored_is_not_confirmed(
     assert said.CONFIRM_PATH not in ssh.asked
 
 
+def test_what_became_of_the_image_key_is_told_once_a_link(ssh: Gateway, stand: Stand) -> None:
+    stand.up(ssh.address)
+    until(lambda: len(ssh.beats) > 1, what="a second heartbeat")
+    assert [beat.image_key for beat in ssh.beats[:2]] == [said.ImageKeyCopies.DESTROYED, said.ImageKeyCopies.UNTOLD]
+
+
 def test_an_image_key_that_is_not_spent_stays(ssh: Gateway, stand: Stand) -> None:
     ssh.spent = False
     stand.up(ssh.address)
     assert stand.state.image_key() is not None
+    assert ssh.beats[0].image_key is said.ImageKeyCopies.UNTOLD
+
+
+def test_a_controller_of_protocol_1_hears_nothing_of_the_image_key(ssh: Gateway, stand: Stand) -> None:
+    ssh.protocol = said.IMAGE_KEY_TOLD_SINCE - 1
+    stand.up(ssh.address)
+    assert stand.state.image_key() is None
+    assert ssh.beats[0].image_key is said.ImageKeyCopies.UNTOLD
 
 
 def test_a_wrong_host_key_is_refused_before_log_in(cluster: Cluster, stand: Stand) -> None:

@@ -14,6 +14,7 @@ from appliance.pki.authority import Authority
 from appliance.pki.identity import Identity
 from appliance.protocol import strict_json
 from appliance.protocol.trust import TRUST_TYPE, Envelope, TrustDocument
+from appliance.protocol.tunnel import ImageKeyCopies
 from appliance.se.believed import Beliefs
 from appliance.se.identity import SeState, host_keys
 
@@ -114,8 +115,10 @@ def test_the_image_key_is_kept_and_destroyed(paths: Paths, state: SeState) -> No
     baked = paths.root / "etc/appliance/seed/image-key.pem"
     baked.parent.mkdir(parents=True)
     baked.write_bytes(key.pkcs8().reveal())
-    state.scrub_image_key(paths)
-    state.scrub_image_key(paths)
+    copies, told = state.scrub_image_key(paths)
+    assert copies is ImageKeyCopies.DESTROYED
+    assert len(told) == 2
+    assert state.scrub_image_key(paths) == (ImageKeyCopies.DESTROYED, []), "told again on the next link"
     assert not baked.exists()
     assert state.image_key() is None
 
@@ -137,7 +140,9 @@ def test_an_image_key_that_cannot_be_destroyed_is_passed_over(
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "unlink", refuse)
-    state.scrub_image_key(paths)
+    copies, (text,) = state.scrub_image_key(paths)
+    assert copies is ImageKeyCopies.LEFT
+    assert "NOT destroyed" in text
 
 
 def test_host_keys(paths: Paths) -> None:

@@ -16,14 +16,15 @@ class _Commands(click.Group):
 
     def list_commands(self, context: click.Context) -> list[str]:
         """All names, in the order of an image's life."""
-        return ["base", "build", "verify", "seed", *super().list_commands(context)]
+        return ["packages", "base", "build", "verify", "seed", *super().list_commands(context)]
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         """Finds a command by name."""
-        if name in {"base", "build", "verify"}:
+        if name in {"packages", "base", "build", "verify"}:
             from image_builder import cli_images
 
-            return {"base": cli_images.base, "build": cli_images.build, "verify": cli_images.verify}[name]
+            found: click.Command = getattr(cli_images, name)
+            return found
         if name == "seed":
             from image_builder.cli_seed import seed
 

@@ -33,16 +33,11 @@ def _print_json(value: object) -> None:
     click.echo(msgspec.json.format(msgspec.json.encode(value), indent=2))
 
 
-@click.command()
-@click.option("--role", type=click.Choice(["se", "controller"]), required=True, help="Who will live on it.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="FILE.qcow2 or FILE.raw.")
-@click.option("--agent", type=click.Path(path_type=Path), help="The agent, directory form.")
-@click.option(
+_sources_option = click.option(
     "--sources", type=click.Path(path_type=Path), multiple=True, help="apt sources instead of this machine's."
 )
-@click.option("--package", "packages", multiple=True, help="A further Debian package; may be repeated.")
-@click.option("--size", type=click.IntRange(1024, 1 << 20), default=2048, show_default=True, help="MiB of the disk.")
-@click.option(
+_package_option = click.option("--package", "extra", multiple=True, help="A further Debian package; may be repeated.")
+_epoch_option = click.option(
     "--epoch",
     type=click.IntRange(0, 1 << 40),
     envvar="SOURCE_DATE_EPOCH",
@@ -51,6 +46,34 @@ def _print_json(value: object) -> None:
     show_default=True,
     help="Seconds since 1970 that date everything in it.",
 )
+
+
+@click.command()
+@_sources_option
+@_package_option
+@_epoch_option
+@_cache_option
+@_fresh_option
+def packages(*, sources: tuple[Path, ...], extra: tuple[str, ...], epoch: int, cache: Path | None, fresh: bool) -> None:
+    """Installs the packages of our own system into the cache, where `base` and `build` find them; needs no agent.
+
+    For pipelines: this is what takes a minute or two, and it can be done while the agent is built.
+    """
+    with steps.shown(sys.stderr) as told:
+        tree = minimal.install_packages(
+            sources=sources, extra=extra, epoch=epoch, cache=cache or minimal.cache_directory(), fresh=fresh, steps=told
+        )
+    click.echo(f"{tree}: {tree.stat().st_size >> 20} MiB")
+
+
+@click.command()
+@click.option("--role", type=click.Choice(["se", "controller"]), required=True, help="Who will live on it.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="FILE.qcow2 or FILE.raw.")
+@click.option("--agent", type=click.Path(path_type=Path), help="The agent, directory form.")
+@_sources_option
+@_package_option
+@click.option("--size", type=click.IntRange(1024, 1 << 20), default=2048, show_default=True, help="MiB of the disk.")
+@_epoch_option
 @_cache_option
 @_fresh_option
 @_json_option
@@ -60,7 +83,7 @@ def base(
     out: Path,
     agent: Path | None,
     sources: tuple[Path, ...],
-    packages: tuple[str, ...],
+    extra: tuple[str, ...],
     size: int,
     epoch: int,
     cache: Path | None,
@@ -86,7 +109,7 @@ def base(
             role,
             agent_files.load(agent or minimal.default_agent()),
             sources=sources,
-            extra=packages,
+            extra=extra,
             epoch=epoch,
             size_bytes=size << 20,
             cache=cache or minimal.cache_directory(),

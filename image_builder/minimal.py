@@ -5,17 +5,22 @@ Two layers are kept in a cache, since packages take a minute and the agent chang
     tree-<digest>.tar       packages, whatever the role       digest of packages, sources and settings
     system-<digest>.qcow2   the finished disk                 digest of the tree's key, role, agent, overlay and size
 
-A newer state of the package archive doesn't change a digest: `--fresh` fetches it.
+A newer state of the package archive doesn't change a digest: `--fresh` fetches it. One builder at a time makes layers
+for a cache; a second that wants the same finds it done. What was used within the hour is never cleared away, since
+another builder may be reading it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tarfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -36,7 +41,9 @@ SYSTEM_FORM = 6
 """Raised when the same inputs make another tree or disk than before."""
 DEFAULT_EPOCH = 1_700_000_000
 KEPT = 3
-"""Cache entries of each kind."""
+"""Cache entries of each kind, beside those in use."""
+IN_USE_S = 3600.0
+"""After its last use: longer than any build reads it."""
 MAX_DESCRIPTION_BYTES = 1024 * 1024
 
 
@@ -74,6 +81,27 @@ def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def install_packages(
+    *, sources: Sequence[Path], extra: Sequence[str] = (), epoch: int, cache: Path, fresh: bool, steps: Steps
+) -> Path:
+    """Returns the tree of packages that `make` with the same arguments takes, from the cache where it is there.
+
+    Raises:
+        ImageError: this machine lacks a tool.
+        ChildError: a tool failed.
+        StorageError: the cache can't be written.
+    """
+    texts = debian.sources(sources)
+    tree = cache / f"tree-{_tree_key(texts, extra, epoch)}.tar"
+    with _alone(cache, steps):
+        if fresh or not tree.exists():
+            _check_tools()
+            with _draft(cache) as draft:
+                _install(draft, tree, texts, extra=extra, epoch=epoch, steps=steps)
+        tree.touch()
+    return tree
+
+
 def make(
     role: Role,
     agent: Agent,
@@ -106,47 +134,82 @@ def make(
     """
     texts = debian.sources(sources)
     units = overlay.units_of(agent)
-    tree_key = _digest({"form": TREE_FORM, "epoch": epoch, **debian.recipe(texts, extra)})
+    tree_key = _tree_key(texts, extra, epoch)
     # both versions of OpenSSH stand for the overlay's text, since the tree's own isn't known before it is there
     layout = [
         overlay.places(role, root_guid="", openssh=version, units=units) for version in ((0, 0), overlay.EXEMPT_SINCE)
     ]
     parts = [SYSTEM_FORM, tree_key, role, agent.digest, size_bytes, msgspec.to_builtins(layout)]
     key = _digest(parts)
+    finished = cache / f"system-{key}.qcow2"
+    with _alone(cache, steps):
+        if finished.exists() and not fresh:
+            steps.note(f"the system comes from the cache, {finished}")
+            finished.touch()
+            return System(path=finished, description=_read_description(finished))
+        _check_tools()
+        with _draft(cache) as draft:
+            tree = cache / f"tree-{tree_key}.tar"
+            if fresh or not tree.exists():
+                _install(draft, tree, texts, extra=extra, epoch=epoch, steps=steps)
+            tree.touch()
+            description = _assemble(draft, tree, role, agent, key=key, size_bytes=size_bytes, epoch=epoch, steps=steps)
+            packed = draft / "system.qcow2"
+            with steps.step("compress the system", watch=packed, expected_bytes=260 << 20):
+                # zstd, since QEMU 5.1: five times as fast as zlib, and no larger
+                form = ["-O", "qcow2", "-c", "-o", "compression_type=zstd"]
+                args = ["qemu-img", "convert", "-f", "raw", *form, str(draft / "system.raw"), str(packed)]
+                child.run(args, timeout_s=900.0)
+            told = finished.with_suffix(".json")
+            for target in (finished, told):
+                target.unlink(missing_ok=True)
+            (draft / "told").write_bytes(strict_json.encode(description))
+            publish({draft / "told": told, packed: finished}, modes={})
+        _prune(cache, now=time.time())
+    return System(path=finished, description=description)
+
+
+def _tree_key(texts: dict[str, str], extra: Sequence[str], epoch: int) -> str:
+    return _digest({"form": TREE_FORM, "epoch": epoch, **debian.recipe(texts, extra)})
+
+
+@contextlib.contextmanager
+def _alone(cache: Path, steps: Steps) -> Iterator[None]:
+    """Keeps other builders from changing the cache meanwhile; the kernel ends that when the process ends."""
     try:
         cache.mkdir(parents=True, exist_ok=True, mode=0o755)
+        descriptor = os.open(cache / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise StorageError(f"the cache {cache} can't be made: {error.strerror}", hint="name one by --cache") from error
-    finished = cache / f"system-{key}.qcow2"
-    if finished.exists() and not fresh:
-        steps.note(f"the system comes from the cache, {finished}")
-        finished.touch()  # what is in use is the last to go
-        return System(path=finished, description=_read_description(finished))
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with steps.step("wait for another builder to be done with the cache"):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _check_tools() -> None:
     problems = boot_disk.missing_tools()
     if problems:
         raise ImageError("\n  - ".join(["this machine can't build a system:", *problems]))
+
+
+@contextlib.contextmanager
+def _draft(cache: Path) -> Iterator[Path]:
     with Draft(cache) as draft:
         if os.geteuid() != 0:
             draft.chmod(0o711)  # apt's sources are read in a user name space
-        tree = cache / f"tree-{tree_key}.tar"
-        if not tree.exists() or fresh:
-            made = draft / "tree.tar"
-            debian.install(made, texts, extra=extra, epoch=epoch, steps=steps)
-            made.replace(tree)
-        description = _assemble(draft, tree, role, agent, key=key, size_bytes=size_bytes, epoch=epoch, steps=steps)
-        packed = draft / "system.qcow2"
-        with steps.step("compress the system", watch=packed, expected_bytes=260 << 20):
-            # zstd, since QEMU 5.1: five times as fast as zlib, and no larger
-            form = ["-O", "qcow2", "-c", "-o", "compression_type=zstd"]
-            args = ["qemu-img", "convert", "-f", "raw", *form, str(draft / "system.raw"), str(packed)]
-            child.run(args, timeout_s=900.0)
-        told = finished.with_suffix(".json")
-        for target in (finished, told):
-            target.unlink(missing_ok=True)
-        (draft / "told").write_bytes(strict_json.encode(description))
-        publish({draft / "told": told, packed: finished}, modes={})
-    _prune(cache)
-    return System(path=finished, description=description)
+        yield draft
+
+
+def _install(draft: Path, tree: Path, texts: dict[str, str], *, extra: Sequence[str], epoch: int, steps: Steps) -> None:
+    made = draft / "tree.tar"
+    debian.install(made, texts, extra=extra, epoch=epoch, steps=steps)
+    made.replace(tree)
 
 
 def _assemble(
@@ -212,10 +275,12 @@ def parse_description(raw: bytes) -> Description:
     return strict_json.decode(raw, Description, max_bytes=MAX_DESCRIPTION_BYTES)
 
 
-def _prune(cache: Path) -> None:
+def _prune(cache: Path, *, now: float) -> None:
     for pattern in ("tree-*.tar", "system-*.qcow2"):
         entries = sorted(cache.glob(pattern), key=lambda path: path.stat().st_mtime, reverse=True)
         for path in entries[KEPT:]:
+            if now - path.stat().st_mtime < IN_USE_S:
+                continue
             path.unlink(missing_ok=True)
             path.with_suffix(".json").unlink(missing_ok=True)
 

@@ -7,7 +7,9 @@ import io
 import json
 import os
 import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -288,3 +290,66 @@ def test_the_cache_lies_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert minimal.cache_directory() == tmp_path / ".cache/image-builder"
+
+
+FAKE_MMDEBSTRAP = """#!/bin/sh
+echo "$$" >>"$CALLS"
+until [ "$(ls "$GATE" | wc -l)" -ge 1 ]; do sleep 0.05; done
+for word; do case $word in *.tar) echo packages >"$word" ;; esac; done
+"""
+
+
+def test_two_builders_of_one_cache_install_packages_once(tmp_path: Path) -> None:
+    """The second waits, says so, and finds them there. mmdebstrap is the border of our system."""
+    tools, gate, calls, cache = (tmp_path / name for name in ("tools", "gate", "calls", "cache"))
+    tools.mkdir()
+    gate.mkdir()
+    (tools / "mmdebstrap").write_text(FAKE_MMDEBSTRAP)
+    (tools / "mmdebstrap").chmod(0o755)
+    sources = tmp_path / "debian.list"
+    sources.write_text("deb http://mirror.example/debian bookworm main\n")
+    line = [sys.executable, "-m", "image_builder", "packages", "--cache", str(cache), "--sources", str(sources)]
+    env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "CALLS": str(calls), "GATE": str(gate)}
+    builders = [
+        subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) for _ in range(2)
+    ]
+    try:
+        locks = f":{(_wait_for(cache / 'lock')).stat().st_ino} "
+        until_s = time.monotonic() + 60
+        while not any("-> FLOCK" in one and locks in one for one in Path("/proc/locks").read_text().splitlines()):
+            assert time.monotonic() < until_s, "nobody waits for the other"
+            time.sleep(0.02)
+        (gate / "open").touch()
+        told = [builder.communicate(timeout=60) for builder in builders]
+    finally:
+        for builder in builders:
+            builder.kill()
+            builder.wait()
+    assert [builder.returncode for builder in builders] == [0, 0], told
+    (tree,) = cache.glob("tree-*.tar")
+    assert tree.read_text() == "packages\n"
+    assert {out for out, _ in told} == {f"{tree}: 0 MiB\n"}
+    assert len(calls.read_text().splitlines()) == 1
+    assert sum("wait for another builder" in err for _, err in told) == 1
+
+
+def _wait_for(path: Path) -> Path:
+    until_s = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < until_s, path
+        time.sleep(0.02)
+    return path
+
+
+def test_old_entries_go_and_what_is_in_use_stays(tmp_path: Path) -> None:
+    now = 1_000_000.0
+    ages_s = (10, 20, 30, 40, 3599, 3601, 90_000)
+    for number, age_s in enumerate(ages_s):
+        for name in (f"tree-{number}.tar", f"system-{number}.qcow2", f"system-{number}.json"):
+            (tmp_path / name).touch()
+            os.utime(tmp_path / name, (now - age_s, now - age_s))
+    minimal._prune(tmp_path, now=now)
+    for pattern in ("tree-*.tar", "system-*.qcow2", "system-*.json"):
+        assert sorted(path.stem[-1] for path in tmp_path.glob(pattern)) == list("01234")
+    minimal._prune(tmp_path, now=now + 90_000)
+    assert sorted(path.name for path in tmp_path.glob("*.qcow2")) == [f"system-{number}.qcow2" for number in range(3)]

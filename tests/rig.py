@@ -19,12 +19,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import asyncssh
 import msgspec
 
 from appliance.cli.operator import Operator
 from appliance.controller.init import initialise
-from appliance.lab.simulated import Beats, SimulatedSe
+from appliance.lab.simulated import Beats, SharedSshd, SimulatedSe
 from appliance.lab.simulated_link import TurnError
 from appliance.paths import Paths
 from appliance.pki.secret import Secret
@@ -226,13 +225,12 @@ def running(root: Path, **more: Any) -> Iterator[RunningController]:
 class Machine:
     """What simulated SEs stand on: an SSH server for their reverse paths."""
 
-    def __init__(self, acceptor: asyncssh.SSHAcceptor, host_key: str) -> None:
-        self.acceptor = acceptor
-        self.host_key = host_key
+    def __init__(self) -> None:
+        self.sshd = SharedSshd()
 
     def se(self, bundle: Bundle, name: str = "sim") -> SimulatedSe:
         """A fresh SE."""
-        return SimulatedSe(bundle, name=name, host_key=self.host_key, sshd_port=self.acceptor.get_port(), beats=Beats())
+        return SimulatedSe(bundle, name=name, sshd=self.sshd, beats=Beats())
 
 
 async def link_in_turn(se: SimulatedSe) -> None:
@@ -267,17 +265,8 @@ def twin_of(stand: Machine, controller: RunningController, se: SimulatedSe) -> S
 async def machine():  # type: ignore[no-untyped-def]
     """A machine for simulated SEs; closes their links at the end."""
     descriptors = open_descriptors()
-    key = asyncssh.generate_private_key("ssh-ed25519")
-    line = " ".join(key.export_public_key("openssh").decode().split()[:2])
-    accepted: list[asyncssh.SSHServerConnection] = []
-
-    class Sshd(asyncssh.SSHServer):
-        def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
-            accepted.append(conn)
-
-    acceptor = await asyncssh.listen("127.0.0.1", 0, server_host_keys=[key], server_factory=Sshd)
     made: list[SimulatedSe] = []
-    stand = Machine(acceptor, line)
+    stand = Machine()
     plain = stand.se
 
     def remembered(bundle: Bundle, name: str = "sim") -> SimulatedSe:
@@ -294,15 +283,6 @@ async def machine():  # type: ignore[no-untyped-def]
             if conn is not None:
                 with contextlib.suppress(Exception):
                     await conn.wait_closed()
-        # asyncio loses a connection that comes while its server closes; after this one there is none on its way.
-        reader, last = await asyncio.open_connection("127.0.0.1", acceptor.get_port())
-        await reader.readline()
-        last.close()
-        acceptor.close()
-        await acceptor.wait_closed()
-        for connection in accepted:
-            connection.abort()
-            await connection.wait_closed()
         # asyncssh ends connections in tasks and callbacks of its own; a loop closed before them leaves sockets behind.
         deadline = time.monotonic() + 5
         while open_descriptors() > descriptors:

@@ -18,7 +18,7 @@ import asyncssh
 import msgspec
 
 from appliance.errors import ApplianceError, EnrollError
-from appliance.lab.simulated import Beats, SimulatedSe
+from appliance.lab.simulated import Beats, SharedSshd, SimulatedSe
 from appliance.lab.simulated_link import TurnError
 from appliance.protocol import telemetry
 from appliance.protocol.seed import Bundle
@@ -106,17 +106,13 @@ class Fleet:
 
     async def run(self, seconds: float) -> FleetReport:
         """Runs the whole life; `seconds` is the measured time, 0 means until `stop`."""
-        key = asyncssh.generate_private_key("ssh-ed25519")
-        line = " ".join(key.export_public_key("openssh").decode().split()[:2])
-        # Never logged in to: the controller only does a key exchange with it.
-        sshd = await asyncssh.listen("127.0.0.1", 0, server_host_keys=[key], backlog=1024)
+        sshd = SharedSshd()
         shared = SharedTelemetry()
         self.ses = [
             SimulatedSe(
                 self._bundle,
                 name=f"{self._prefix}{index}",
-                host_key=line,
-                sshd_port=sshd.get_port(),
+                sshd=sshd,
                 beats=self._beats,
                 telemetry=shared,
             )
@@ -159,8 +155,6 @@ class Fleet:
             await asyncio.gather(*tasks, return_exceptions=True)
             for se in self.ses:
                 se.close()
-            sshd.close()
-            await sshd.wait_closed()
 
     async def _wait(self, seconds: float | None) -> None:
         try:

@@ -15,12 +15,13 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import asyncssh
 import msgspec
 
 from appliance import __version__
+from appliance.controller.connection import GatewayConnection
 from appliance.errors import EnrollError, TunnelError, UnreachableError
 from appliance.lab import simulated_link
 from appliance.pki import jws, tls
@@ -90,12 +91,24 @@ class Beats:
     rtts_s: list[float] = field(default_factory=list)
 
 
-async def _pump(reader: Any, writer: Any) -> None:
-    """Copies bytes until the end of either side."""
-    with contextlib.suppress(OSError, asyncssh.Error):
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
+class SharedSshd:
+    """The SSH server behind the reverse paths of all SEs of a process: serves the channels themselves, without a port.
+
+    Attributes:
+        host_key: its public line.
+    """
+
+    def __init__(self) -> None:
+        key = asyncssh.generate_private_key("ssh-ed25519")
+        self.host_key = " ".join(key.export_public_key("openssh").decode().split()[:2])
+        # Never logged in to: the controller only does a key exchange with it.
+        self._options = asyncssh.SSHServerConnectionOptions(
+            config=None, server_host_keys=[key], server_factory=asyncssh.SSHServer
+        )
+
+    def connection(self) -> GatewayConnection:
+        """A connection, to be given a channel as its transport."""
+        return GatewayConnection(asyncio.get_running_loop(), self._options)
 
 
 class SimulatedSe:
@@ -106,20 +119,18 @@ class SimulatedSe:
         bundle: Bundle,
         *,
         name: str,
-        host_key: str,
-        sshd_port: int,
+        sshd: SharedSshd,
         beats: Beats,
         telemetry: Callable[[], list[str]] = list,
         user: str = "aviseuser",
     ) -> None:
-        """`host_key` is the public line of the SSH server at `sshd_port`, which all SEs of a process share."""
         self.bundle = bundle
         self.name = name
         self.identity = Identity.create()
         self.se_id = str(uuid.uuid4())
         self.attempt_id = uuid.uuid4().hex[:16]
-        self.host_key = host_key
-        self.sshd_port = sshd_port
+        self.host_key = sshd.host_key
+        self.sshd = sshd
         self.beats = beats
         self.telemetry = telemetry
         self.user = user
@@ -279,18 +290,12 @@ class SimulatedSe:
         """Asks for this SE's own reverse address and serves it from the shared SSH server."""
         if self.conn is None or self.grant is None:
             raise TunnelError("no connection yet")
-        await self.conn.start_server(lambda _host, _port: self._serve_reverse, self.grant.address, REVERSE_PORT)
+        await self._listen(self.conn, self.grant.address)
 
-    async def _serve_reverse(self, reader: asyncssh.SSHReader[bytes], writer: asyncssh.SSHWriter[bytes]) -> None:
-        local_reader, local_writer = await asyncio.open_connection("127.0.0.1", self.sshd_port)
-        ways = [asyncio.create_task(_pump(reader, local_writer)), asyncio.create_task(_pump(local_reader, writer))]
-        try:
-            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for way in ways:
-                way.cancel()
-            writer.close()
-            local_writer.close()
+    def _listen(self, conn: asyncssh.SSHClientConnection, address: str) -> Awaitable[asyncssh.SSHListener]:
+        return conn.create_server(
+            lambda _host, _port: cast("asyncssh.SSHTCPSession[bytes]", self.sshd.connection()), address, REVERSE_PORT
+        )
 
     async def say(self, path: str, message: Any, kind: type[T]) -> T:
         """One request over the channel API. Raises `EnrollError` for a problem document."""
@@ -343,7 +348,9 @@ class SimulatedSe:
         tries: dict[tunnel.Door, Awaitable[Any]] = {
             tunnel.Door.SESSION: conn.create_session(asyncssh.SSHClientSession),
             tunnel.Door.CONNECT: conn.create_connection(asyncssh.SSHTCPSession, *tunnel.SELF_TEST_CHANNEL),
-            tunnel.Door.LISTEN: conn.forward_remote_port(foreign, REVERSE_PORT, "127.0.0.1", self.sshd_port),
+            tunnel.Door.LISTEN: conn.create_server(
+                lambda _host, _port: asyncssh.SSHTCPSession(), foreign, REVERSE_PORT
+            ),
         }
         answers = await asyncio.gather(*tries.values(), return_exceptions=True)
         for answer in answers:

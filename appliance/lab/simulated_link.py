@@ -12,6 +12,7 @@ import functools
 from collections.abc import Sequence
 
 import asyncssh
+from asyncssh.auth import _ClientPublicKeyAuth
 
 from appliance.controller.connection import Plain
 from appliance.errors import TunnelError
@@ -33,11 +34,27 @@ class _Connection(Plain, asyncssh.SSHClientConnection):
     slot_s: float | None = None
     _has_heard = False
 
+    def try_next_auth(self, *, next_method: bool = False) -> None:
+        # Its only key, and not `none` first, which asks what else there is.
+        if self._auth is None and not next_method:
+            self._auth = _SignedAtOnce(self, b"publickey")
+        else:
+            self._auth_methods = []
+            super().try_next_auth()
+
     def data_received(self, data: bytes, datatype: asyncssh.DataType = None) -> None:
         if not self._has_heard:
             self._has_heard = True
             self.slot_s = tunnel.read_slot(data)
         super().data_received(data, datatype)
+
+
+class _SignedAtOnce(_ClientPublicKeyAuth):
+    """Signs with the first request, as an SE's paramiko does, and doesn't ask before whether the key will do."""
+
+    async def _start(self) -> None:
+        self._keypair = await self._conn.public_key_auth_requested()
+        await self._send_signed_request()
 
 
 class _LogIn(asyncssh.SSHClient):

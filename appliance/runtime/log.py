@@ -7,17 +7,23 @@ are escaped in both, since names and reasons in them may come from a hostile pee
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json as _json
 import logging
 import logging.handlers
 import queue
+import threading
 from collections.abc import Callable, MutableMapping
 from typing import Any, TextIO
 
 QUEUE_RECORDS = 4096
 CLOSE_TIMEOUT_S = 2.0
+GATHER_S = 0.02
+"""What a process that is killed may owe to its log."""
 _ROOT = "appliance"
+
+Form = Callable[[logging.LogRecord], str]
 
 
 class _StageAdapter(logging.LoggerAdapter[logging.Logger]):
@@ -41,21 +47,18 @@ def setup(*, level: str, stream: TextIO, json: bool) -> Callable[[], None]:
         stream: text stream; it may fail or block.
         json: JSON lines, or text for people.
     """
-    output = _Output(stream)
-    output.setFormatter(_JsonFormatter() if json else _TextFormatter())
-    records: queue.Queue[Any] = queue.Queue(QUEUE_RECORDS)
+    records: queue.SimpleQueue[Any] = queue.SimpleQueue()
     entry = _Entry(records)
-    listener = _Listener(records, output)
     own, root = logging.getLogger(_ROOT), logging.getLogger()
     former = own.level, root.level
     own.setLevel(level.upper())
     root.setLevel(max(logging.WARNING, own.level))
     root.addHandler(entry)
-    listener.start()
+    writer = _Writer(records, stream, _json_line if json else _text_line)
 
     def close() -> None:
         root.removeHandler(entry)
-        listener.stop()
+        writer.stop()
         own.setLevel(former[0])
         root.setLevel(former[1])
 
@@ -65,8 +68,9 @@ def setup(*, level: str, stream: TextIO, json: bool) -> Callable[[], None]:
 class _Entry(logging.handlers.QueueHandler):
     """Puts records into the queue, or counts them."""
 
-    def __init__(self, records: queue.Queue[Any]) -> None:
+    def __init__(self, records: queue.SimpleQueue[Any]) -> None:
         super().__init__(records)
+        self._records = records
         self._dropped = 0
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
@@ -83,44 +87,51 @@ class _Entry(logging.handlers.QueueHandler):
 
     def enqueue(self, record: logging.LogRecord) -> None:
         # Called under the handler's lock, so the count is exact.
-        try:
-            if self._dropped:
-                text = f"{self._dropped} log record(s) dropped: the log wasn't written fast enough"
-                self.queue.put_nowait(
-                    logging.makeLogRecord({"name": _ROOT, "levelname": "WARNING", "msg": text, "stage": "log"})
-                )
-                self._dropped = 0
-            self.queue.put_nowait(record)
-        except queue.Full:
+        if self._records.qsize() >= QUEUE_RECORDS:
             self._dropped += 1
+            return
+        if self._dropped:
+            text = f"{self._dropped} log record(s) dropped: the log wasn't written fast enough"
+            self._records.put(
+                logging.makeLogRecord({"name": _ROOT, "levelname": "WARNING", "msg": text, "stage": "log"})
+            )
+            self._dropped = 0
+        self._records.put(record)
 
 
-class _Listener(logging.handlers.QueueListener):
-    """The writer thread, with an end that a full queue or a blocked stream can't hold up."""
+class _Writer:
+    """The thread that writes: what came within `GATHER_S` of a record goes out with it, as one write.
 
-    def __init__(self, records: queue.Queue[Any], output: logging.Handler) -> None:
-        super().__init__(records, output)
+    A write for each record would cost a daemon under load a switch between threads for each, more than the record.
+    """
+
+    def __init__(self, records: queue.SimpleQueue[logging.LogRecord | None], stream: TextIO, form: Form) -> None:
         self._records = records
+        self._stream = stream
+        self._form = form
+        self._ends = threading.Event()
+        # A daemon: a stream that blocks for ever must not hold up the end of the process.
+        self._thread = threading.Thread(target=self._run, name="log-write", daemon=True)
+        self._thread.start()
 
-    def enqueue_sentinel(self) -> None:
-        """Asks the thread to end after what is queued."""
-        try:
-            self._records.put(None, timeout=CLOSE_TIMEOUT_S)
-        except queue.Full:
-            return  # the stream blocks; the thread is a daemon and dies with the process
+    def _run(self) -> None:
+        while (record := self._records.get()) is not None:
+            self._ends.wait(GATHER_S)
+            lines = [self._form(record)]
+            with contextlib.suppress(queue.Empty):
+                while (record := self._records.get_nowait()) is not None:
+                    lines.append(self._form(record))
+            with contextlib.suppress(OSError, ValueError):  # there is no place to say that the log can't be written
+                self._stream.write("".join(f"{line}\n" for line in lines))
+                self._stream.flush()
+            if record is None:
+                return
 
     def stop(self) -> None:
         """Waits until what is queued is written, at most two seconds."""
-        self.enqueue_sentinel()
-        thread = self._thread
-        self._thread = None
-        if thread is not None:
-            thread.join(CLOSE_TIMEOUT_S)
-
-
-class _Output(logging.StreamHandler[TextIO]):
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Stays silent: where the log can't be written there is no place to say so."""
+        self._ends.set()
+        self._records.put(None)
+        self._thread.join(CLOSE_TIMEOUT_S)
 
 
 _OWN = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "stage", "fields"}
@@ -140,28 +151,26 @@ def _stage(record: logging.LogRecord) -> str:
     return str(getattr(record, "stage", name))
 
 
-class _JsonFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        at = dt.datetime.fromtimestamp(record.created, dt.UTC)
-        line = {
-            "time": at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-            "level": record.levelname.lower(),
-            "stage": _stage(record),
-            "message": record.getMessage(),
-            **({"traceback": record.exc_text} if record.exc_text else {}),
-        }
-        for name, value in _fields(record).items():
-            line[name if name not in line else f"{name}_"] = value
-        return _json.dumps(line, default=str)
+def _json_line(record: logging.LogRecord) -> str:
+    at = dt.datetime.fromtimestamp(record.created, dt.UTC)
+    line = {
+        "time": at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "level": record.levelname.lower(),
+        "stage": _stage(record),
+        "message": record.getMessage(),
+        **({"traceback": record.exc_text} if record.exc_text else {}),
+    }
+    for name, value in _fields(record).items():
+        line[name if name not in line else f"{name}_"] = value
+    return _json.dumps(line, default=str)
 
 
-class _TextFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        at = dt.datetime.fromtimestamp(record.created).astimezone()
-        fields = "".join(f" {name}={value}" for name, value in _fields(record).items())
-        text = f"{_stage(record)}: {record.getMessage()}{fields}"
-        trace = f"\n{record.exc_text}" if record.exc_text else ""
-        return f"{at:%H:%M:%S} {record.levelname.lower():7} {_printable(text)}{trace}"
+def _text_line(record: logging.LogRecord) -> str:
+    at = dt.datetime.fromtimestamp(record.created).astimezone()
+    fields = "".join(f" {name}={value}" for name, value in _fields(record).items())
+    text = f"{_stage(record)}: {record.getMessage()}{fields}"
+    trace = f"\n{record.exc_text}" if record.exc_text else ""
+    return f"{at:%H:%M:%S} {record.levelname.lower():7} {_printable(text)}{trace}"
 
 
 def _printable(text: str) -> str:

@@ -12,12 +12,11 @@ import re
 import time
 from pathlib import Path
 
-import asyncssh
 import msgspec
 import uvloop
 
 from appliance.lab.fleet import percentile
-from appliance.lab.simulated import Beats, SimulatedSe
+from appliance.lab.simulated import Beats, SharedSshd, SimulatedSe
 from appliance.protocol.seed import Bundle
 from appliance.runtime import child
 from bench.processes import cpu_s
@@ -76,12 +75,8 @@ def _syncs(log: Path) -> int:
 async def enroll_many(controller: Controller, count: int, *, clients: int = CLIENTS) -> tuple[float, list[float]]:
     """Returns the seconds that all took, and that each took."""
     bundle = msgspec.json.decode(controller.bundle(uses=count + clients).read_bytes(), type=Bundle)
-    key = asyncssh.generate_private_key("ssh-ed25519")
-    line = " ".join(key.export_public_key("openssh").decode().split()[:2])
-    ses = [
-        SimulatedSe(bundle, name=f"bench-{index}", host_key=line, sshd_port=0, beats=Beats())
-        for index in range(count + clients)
-    ]
+    sshd = SharedSshd()
+    ses = [SimulatedSe(bundle, name=f"bench-{index}", sshd=sshd, beats=Beats()) for index in range(count + clients)]
     # connections, prepared statements and pages that only the first ones have to wait for
     await asyncio.gather(*(se.enroll() for se in ses[:clients]))
     waiting = iter(ses[clients:])

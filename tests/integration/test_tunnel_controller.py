@@ -9,13 +9,14 @@ import subprocess
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import asyncssh
 import pytest
 from rig import RunningController, linked, machine, running, twin_of, until, until_async
 
 from appliance.errors import EnrollError, UnreachableError
-from appliance.lab.simulated import SimulatedSe
+from appliance.lab.simulated import SharedSshd, SimulatedSe
 from appliance.pki.identity import Identity
 from appliance.protocol import tunnel
 from appliance.protocol.address import REVERSE_PORT, se_address
@@ -380,10 +381,10 @@ def test_another_local_user_may_not_dial(controller: RunningController) -> None:
 
 def test_a_wrong_sshd_behind_the_reverse_path_degrades_the_se(controller: RunningController) -> None:
     async def go() -> None:
-        async with machine() as stand, machine() as other:
+        async with machine() as stand:
             se = stand.se(controller.bundle, "wrong-sshd")
             await se.enroll()
-            se.sshd_port = other.acceptor.get_port()
+            se.sshd = SharedSshd()
             await se.link()
             await se.beat()
             await until_async(
@@ -492,18 +493,19 @@ def test_the_reverse_path_keeps_every_byte_of_a_dialler_that_speaks_first(contro
         received = bytearray()
         ended = asyncio.Event()
 
-        async def sink(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            found = await reader.read()
-            writer.close()
-            if not ended.is_set():  # the controller looks for an sshd afterwards, since this one said nothing
-                received.extend(found)
-                ended.set()
+        class Sink(asyncssh.SSHTCPSession[bytes]):
+            def data_received(self, data: bytes, datatype: asyncssh.DataType) -> None:
+                if not ended.is_set():  # the controller looks for an sshd afterwards, since this one said nothing
+                    received.extend(data)
 
-        server = await asyncio.start_server(sink, "127.0.0.1", 0)
+            def eof_received(self) -> bool:
+                ended.set()
+                return False
+
         async with machine() as stand:
             se = await linked(stand, controller, "speaks-first")
             await until_async(lambda: controller.state("speaks-first") == "UP OK", what="UP")
-            se.sshd_port = server.sockets[0].getsockname()[1]
+            se.sshd = SimpleNamespace(connection=Sink)
             _reader, writer = await asyncio.open_connection(se.grant.address, controller.bound["reverse_port"])
             writer.write(sent)
             writer.write_eof()
@@ -511,7 +513,5 @@ def test_the_reverse_path_keeps_every_byte_of_a_dialler_that_speaks_first(contro
             assert bytes(received) == sent
             writer.close()
             await writer.wait_closed()
-        server.close()
-        await server.wait_closed()
 
     asyncio.run(go())

@@ -59,6 +59,11 @@ class Paths:
         return self.state / "controller"
 
     @property
+    def cluster_file(self) -> Path:
+        """What cluster this controller is of."""
+        return self.controller_state / "cluster.json"
+
+    @property
     def store_file(self) -> Path:
         """The controller's store, SQLite."""
         return self.controller_state / "store.sqlite"

@@ -169,7 +169,7 @@ class RunningController:
     @property
     def operator(self) -> Operator:
         """Its operator API."""
-        return Operator(self.paths.controller_socket)
+        return Operator(self.paths)
 
     @property
     def bundle(self) -> Bundle:

@@ -68,7 +68,7 @@ def _pages(operator: Operator, after: int) -> Iterator[AuditEntry]:
 @pass_context
 def show(context: CliContext, limit: int, after: int | None) -> None:
     """Shows the newest entries, oldest first. `--limit 0 --json` is what `audit verify --file` reads."""
-    operator = Operator(context.paths.controller_socket)
+    operator = context.operator
     found = _pages(operator, after or 0)
     entries = list(deque(found, maxlen=limit or None) if after is None else itertools.islice(found, limit or None))
     if context.json:
@@ -102,7 +102,7 @@ def show(context: CliContext, limit: int, after: int | None) -> None:
 @pass_context
 def head(context: CliContext) -> None:
     """Signs the newest entry now, hands it to the SEs as witnesses, and prints it for `verify --head`."""
-    envelope = Operator(context.paths.controller_socket).sign_audit_head()
+    envelope = context.operator.sign_audit_head()
     if context.json:
         print_json(envelope)
     else:
@@ -141,7 +141,7 @@ def verify(context: CliContext, file: Path | None, cluster_id: str, head: str, r
             raise UsageError(
                 "--cluster, --head and --root belong to --file", hint="the controller knows them by itself"
             )
-        verdict = Operator(context.paths.controller_socket).verify_audit()
+        verdict = context.operator.verify_audit()
     else:
         verdict = _verify_file(context, file, cluster_id, head, root_certificate)
     if context.json:

@@ -26,6 +26,7 @@ from appliance.paths import Paths
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from appliance.cli.operator import Operator
     from appliance.settings import Settings
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -46,6 +47,13 @@ class CliContext:
         from appliance import settings
 
         return settings.load(self.paths, environ=os.environ, overrides=self.overrides)
+
+    @functools.cached_property
+    def operator(self) -> Operator:
+        """The controller on this machine; tells on stderr where it makes somebody wait."""
+        from appliance.cli.operator import Operator
+
+        return Operator(self.paths, say=lambda sentence: click.echo(sentence, err=True))
 
 
 pass_context = click.make_pass_decorator(CliContext)

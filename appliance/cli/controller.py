@@ -11,7 +11,6 @@ import msgspec
 from appliance.cli import output
 from appliance.cli.backup import DATE, backup, restore
 from appliance.cli.context import CliContext, json_option, pass_context, print_json
-from appliance.cli.operator import Operator
 from appliance.cli.output import Cell, Styled
 from appliance.cli.passphrase import issuing_ca, passphrase, passphrase_option, read_passphrase
 from appliance.cli.recovery import recovery
@@ -121,7 +120,7 @@ def _port(listen: str, option: str) -> int:
 @pass_context
 def show(context: CliContext) -> None:
     """Shows this controller: cluster, trust, certificates, ports."""
-    view = Operator(context.paths.controller_socket).controller()
+    view = context.operator.controller()
     if context.json:
         print_json(view)
         return

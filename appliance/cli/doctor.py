@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import click
 
+from appliance.cli import this_machine
 from appliance.cli.context import CliContext, json_option, pass_context, print_json
 from appliance.errors import ApplianceError
 from appliance.paths import Paths
@@ -69,22 +70,16 @@ def command(context: CliContext) -> None:
 def _print(findings: list[Finding]) -> None:
     from appliance.cli import output
 
-    screen = output.screen()
-    styles = {Result.OK: "green", Result.WARN: "yellow", Result.FAIL: "bold red"}
+    styles = {Result.OK: "", Result.WARN: "yellow", Result.FAIL: "bold red"}
+    rows: list[tuple[str, output.Cell]] = []
+    for finding in findings:
+        text = finding.text + (f" – {finding.hint}" if finding.hint else "")
+        name = f"{finding.result.value:4}  {finding.check}"
+        for line in text.splitlines():  # an error may name several problems, one a line
+            rows.append((name, output.Styled(line.strip(), styles[finding.result])))
+            name = ""
     # Folded, not cut: an error's text is what one came for.
-    output.fields(
-        screen,
-        [
-            (
-                f"{finding.result.value:4}  {finding.check}",
-                output.Styled(
-                    finding.text + (f" – {finding.hint}" if finding.hint else ""),
-                    "" if finding.result is Result.OK else styles[finding.result],
-                ),
-            )
-            for finding in findings
-        ],
-    )
+    output.fields(output.screen(), rows)
 
 
 def examine(context: CliContext) -> list[Finding]:
@@ -105,10 +100,11 @@ def examine(context: CliContext) -> list[Finding]:
         findings.append(Finding("mode", Result.FAIL, error.message, error.hint))
     role = document.mode
     checks: list[Callable[[], Iterator[Finding]]] = [
+        lambda: check_cluster(paths, role),
         lambda: check_daemon(paths, role),
         lambda: check_permissions(paths),
         lambda: check_disk(paths, settings.controller.disk_reserve_bytes),
-        lambda: check_clock(SystemClock()),
+        lambda: check_clock(SystemClock(), role),
         lambda: check_ports(paths, settings, role),
         lambda: check_ssh_server(role),
         lambda: check_glibc(os.confstr("CS_GNU_LIBC_VERSION") or ""),
@@ -131,6 +127,13 @@ def check_mode(document: ModeDocument) -> Finding:
     return Finding("mode", Result.OK, document.mode.value)
 
 
+def check_cluster(paths: Paths, role: Mode) -> Iterator[Finding]:
+    """Whether a controller has its cluster."""
+    if role is Mode.CONTROLLER and not this_machine.may_have_cluster(paths):
+        hint = "`appliance controller init --address …` makes one, `appliance controller restore` takes a backup"
+        yield Finding("cluster", Result.FAIL, "there is no cluster on this machine yet", hint)
+
+
 def check_daemon(paths: Paths, role: Mode) -> Iterator[Finding]:
     """Whether the daemon runs, and what it says of itself."""
     if role is Mode.NONE:
@@ -141,9 +144,12 @@ def check_daemon(paths: Paths, role: Mode) -> Iterator[Finding]:
         yield Finding("daemon", Result.WARN, error.message, "look as root")
         return
     if pid is None:
-        yield Finding("daemon", Result.WARN, "not running", "`systemctl start appliance`, or `appliance run`")
+        yield Finding("daemon", Result.WARN, "not running", this_machine.how_to_start(paths))
         return
     found = health.read_health(paths.health_file)
+    if found is not None and found.pid == pid and (why := health.stuck(pid, paths.health_file)):
+        yield Finding("daemon", Result.FAIL, f"process {pid} {why}")
+        return
     says = f": {found.state} {found.reason}".rstrip() if found is not None and found.pid == pid and found.state else ""
     yield Finding("daemon", Result.OK, f"process {pid}{says}")
 
@@ -155,7 +161,7 @@ def check_recovery(paths: Paths, role: Mode) -> Iterator[Finding]:
     if role is not Mode.CONTROLLER:
         return
     try:
-        view = Operator(paths.controller_socket).recovery()
+        view = Operator(paths).recovery()
     except ApplianceError:
         return  # it doesn't run, or isn't ours to ask: told above
     if view.is_active:
@@ -213,13 +219,18 @@ def check_disk(paths: Paths, reserve_bytes: int) -> Iterator[Finding]:
         yield Finding("disk", Result.OK, text)
 
 
-def check_clock(clock: Clock) -> Iterator[Finding]:
+def check_clock(clock: Clock, role: Mode) -> Iterator[Finding]:
     """Whether the kernel calls its clock synchronised."""
     if clock.synchronised():
         yield Finding("clock", Result.OK, "synchronised")
     else:
         hint = "start a time daemon (systemd-timesyncd or chrony); `timedatectl` shows its state"
-        yield Finding("clock", Result.WARN, "not synchronised: certificates are checked against the peer's time", hint)
+        text = "not synchronised"
+        if role is Mode.SE:
+            text += ": certificates are checked against the controller's time"
+        elif role is Mode.CONTROLLER:
+            text += ": certificates, expiries and the audit get their times from it, and SEs may take theirs"
+        yield Finding("clock", Result.WARN, text, hint)
 
 
 def _ports(settings: Settings, role: Mode) -> list[tuple[str, int]]:

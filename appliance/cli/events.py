@@ -10,7 +10,6 @@ import msgspec
 
 from appliance.cli import output
 from appliance.cli.context import CliContext, json_option, pass_context, print_json
-from appliance.cli.operator import Operator
 from appliance.cli.output import Styled
 from appliance.errors import UnreachableError
 from appliance.protocol.operator import Event
@@ -34,7 +33,7 @@ _STYLES = {"refused": "yellow", "clone": "bold magenta", "lost": "red", "revoked
 @pass_context
 def command(context: CliContext, follow: bool, after: int | None) -> None:
     """Shows events, oldest first. With --follow, --json prints one line an event."""
-    operator = Operator(context.paths.controller_socket)
+    operator = context.operator
     events = operator.events(after=after or 0)
     if after is None:
         events = events[-_NEWEST:]

@@ -107,7 +107,7 @@ def add(context: CliContext, files: tuple[Path, ...]) -> None:
     (`sha256sum`, `image-builder verify`) where its way here isn't trusted. Adding one twice changes nothing.
     """
     reports = [_read(path) for path in files]
-    operator = Operator(context.paths.controller_socket)
+    operator = context.operator
     added = []
     for report in reports:
         added.append(operator.add_image(report))
@@ -133,7 +133,7 @@ def _say_added(console: Console, image: ImageView) -> None:
 @pass_context
 def list_(context: CliContext, unknown: bool) -> None:
     """Lists images with their keys and how many SEs name each."""
-    found = Operator(context.paths.controller_socket).images()
+    found = context.operator.images()
     if context.json:
         print_json(found)
         return
@@ -158,7 +158,7 @@ def show(context: CliContext, image: str) -> None:
     """Shows one image, by id, name or the SHA-256 of one of its files, and the SEs that name it."""
     from appliance.cli import se
 
-    detail = Operator(context.paths.controller_socket).image(image)
+    detail = context.operator.image(image)
     if context.json:
         print_json(detail)
         return
@@ -208,7 +208,7 @@ def revoke(context: CliContext, image: str, *, key: bool, keep_key: bool, kick: 
     """
     if key and keep_key:
         raise UsageError("--key and --keep-key exclude each other", hint="nothing was changed")
-    operator = Operator(context.paths.controller_socket)
+    operator = context.operator
     revoked = operator.revoke_image(image, key="revoke" if key else "keep" if keep_key else "ask", reason=reason)
     if not context.json:
         _say_revoked(output.screen(), revoked)

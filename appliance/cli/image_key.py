@@ -114,7 +114,7 @@ def create(
         policy=Policy(policy), expires_in_s=expires, max_uses=max_uses, networks=list(networks), note=note,
         rate_per_s=rate_per_s or 0.0, burst=burst or 0,
     )  # fmt: skip
-    operator = Operator(context.paths.controller_socket)
+    operator = context.operator
     created = operator.create_image_key(wish)
     if str(out) == "-":
         click.echo(msgspec.json.encode(created.bundle))
@@ -170,7 +170,7 @@ def _write(operator: Operator, created: ImageKeyCreated, file: Path) -> None:
 @pass_context
 def list_(context: CliContext) -> None:
     """Lists image keys with what is left of them."""
-    keys = Operator(context.paths.controller_socket).image_keys()
+    keys = context.operator.image_keys()
     if context.json:
         print_json(keys)
         return
@@ -190,7 +190,7 @@ def revoke(context: CliContext, image_key_id: str, reason: str) -> None:
     """Lets nobody new in by the image key ID; names its images, and the SEs that came by it, which are left alone."""
     from appliance.cli import se
 
-    revoked = Operator(context.paths.controller_socket).revoke_image_key(image_key_id, reason=reason)
+    revoked = context.operator.revoke_image_key(image_key_id, reason=reason)
     if context.json:
         print_json(revoked)
         return

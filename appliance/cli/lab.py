@@ -20,6 +20,7 @@ from appliance.cli.context import CliContext, json_option, pass_context, print_j
 if TYPE_CHECKING:
     from appliance.lab.layout import Layout
     from appliance.lab.up import Operator
+    from appliance.paths import Paths
 
 _LAZY = {"fleet": "appliance.cli.lab_fleet"}
 """Subcommands with heavy imports: name to the module whose `command` it is."""
@@ -43,7 +44,8 @@ def _default_root() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "appliance-lab"
 
 
-def _layout(context: CliContext, root: Path | None) -> Layout:
+def layout_of(context: CliContext, root: Path | None) -> Layout:
+    """Returns where the lab lies that is meant."""
     from appliance.lab.layout import Layout
 
     if root is not None:
@@ -51,10 +53,8 @@ def _layout(context: CliContext, root: Path | None) -> Layout:
     return Layout(_default_root() if context.paths.root == Path("/") else context.paths.root)
 
 
-def _connect(socket: Path) -> Operator:
-    from appliance.cli.operator import Operator
-
-    return Operator(socket)
+def _connect(paths: Paths) -> Operator:
+    return CliContext(paths).operator
 
 
 def _stop_like_ctrl_c(*_: object) -> None:
@@ -100,7 +100,7 @@ def up(context: CliContext, ses: int, root: Path | None, deadline: float | None)
     from appliance.lab.down import bring_down
     from appliance.lab.up import bring_up
 
-    layout, say = _layout(context, root), _Progress()
+    layout, say = layout_of(context, root), _Progress()
     signal.signal(signal.SIGTERM, _stop_like_ctrl_c)
     try:
         lab = bring_up(layout, ses=ses, overrides=context.overrides, connect=_connect, say=say, deadline_s=deadline)
@@ -122,7 +122,7 @@ def down(context: CliContext, root: Path | None, remove: bool) -> None:
     """Ends all that `lab up` started, and nothing else."""
     from appliance.lab.down import bring_down
 
-    bring_down(_layout(context, root), say=_Progress(), remove=remove)
+    bring_down(layout_of(context, root), say=_Progress(), remove=remove)
 
 
 @command.command()
@@ -133,12 +133,14 @@ def status(context: CliContext, root: Path | None) -> None:
     """Tells ports, paths, keys and process ids of the lab."""
     from appliance.lab.status import status as read
 
-    found = read(_layout(context, root), connect=_connect)
+    found = read(layout_of(context, root), connect=_connect)
     if context.json:
         print_json(found)
         return
     console, controller = output.screen(), found.controller
-    runs = "down" if not controller.running else f"pid {controller.pid}"
+    runs: output.Cell = "down" if not controller.running else f"pid {controller.pid}"
+    if found.trouble and controller.running:
+        runs = output.Styled(f"{runs}: {found.trouble}", "bold red")
     output.fields(
         console,
         [
@@ -205,7 +207,7 @@ def _show(layout: Layout, context: CliContext, *, ses: int, say: _Progress) -> N
     from appliance.lab.up import bring_up
 
     lab = bring_up(layout, ses=ses, overrides=context.overrides, connect=_connect, say=say)
-    operator = _connect(layout.controller.controller_socket)
+    operator = _connect(layout.controller)
     fleet = showing.fleet_with_figures(lab, operator, say=say)
     console = output.screen()
     output.heading(console, "The fleet")

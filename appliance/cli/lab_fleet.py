@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from appliance.cli.context import CliContext, json_option, pass_context, print_json
+from appliance.cli.lab import layout_of, root_option
 from appliance.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,23 +26,20 @@ if TYPE_CHECKING:
 @click.option("--seconds", type=click.FloatRange(0), default=30.0, show_default=True, help="Measured time; 0: no end.")
 @click.option("--processes", type=click.IntRange(0, 64), default=0, help="Over how many processes; 0 chooses.")
 @click.option("--prefix", default="sim-", show_default=True, help="Begin of the SEs' names.")
+@root_option
 @json_option
 @pass_context
-def command(context: CliContext, ses: int, bundle: Path | None, seconds: float, processes: int, prefix: str) -> None:
+def command(
+    context: CliContext, ses: int, bundle: Path | None, seconds: float, processes: int, prefix: str, root: Path | None
+) -> None:
     """Simulated SEs, many in one process: real enrollment, links, heartbeats and reverse paths.
 
-    Without --bundle the first bundle of the controller at --root is taken. SIGINT ends the measured time, SIGUSR1
-    begins it anew.
+    Without --bundle the first bundle of the lab's controller is taken, or of the controller at appliance's --root.
+    SIGINT ends the measured time, SIGUSR1 begins it anew.
     """
-    from appliance.controller.material import Files
     from appliance.lab.fleet import SES_PER_PROCESS, combine
 
-    if bundle is None:
-        found = sorted(Files(context.paths.controller_state).bundles.glob("*.json"))
-        if not found:
-            hint = "pass --bundle, or --root of an initialised controller"
-            raise UsageError(f"no bundle below {context.paths.controller_state}", hint=hint)
-        bundle = found[0]
+    bundle = bundle or _bundle(context, root)
     processes = processes or -(-ses // SES_PER_PROCESS)
     reports: list[FleetReport]
     if processes == 1:
@@ -57,6 +55,19 @@ def command(context: CliContext, ses: int, bundle: Path | None, seconds: float, 
         f"{report.lost_heartbeats} lost, p50 {report.heartbeat_p50_ms:.1f} ms, p99 {report.heartbeat_p99_ms:.1f} ms; "
         f"enrolled in {report.enroll_s:.1f} s, linked in {report.link_s:.1f} s"
     )
+
+
+def _bundle(context: CliContext, root: Path | None) -> Path:
+    """Returns the first bundle of the controller that is meant."""
+    from appliance.controller.material import Files
+
+    layout = layout_of(context, root)
+    paths = layout.controller if root is not None or layout.file.exists() else context.paths
+    found = sorted(Files(paths.controller_state).bundles.glob("*.json"))
+    if not found:
+        hint = "pass --bundle, or --root of a lab that is up"
+        raise UsageError(f"no bundle below {paths.controller_state}", hint=hint)
+    return found[0]
 
 
 def _run_here(bundle: Path, *, ses: int, seconds: float, prefix: str) -> FleetReport:

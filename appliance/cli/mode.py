@@ -48,8 +48,7 @@ def show(context: CliContext) -> None:
         }
         click.echo(json.dumps(found, indent=2))
         return
-    daemon = f"its daemon runs (process {pid})" if pid is not None else "no daemon runs"
-    click.echo(f"{document.mode}, {daemon}")
+    click.echo(f"{document.mode}, {_daemon(context.paths, pid)}")
     if is_cut:
         click.echo(
             f"a change to {document.target} was cut after {document.phase}; "
@@ -78,8 +77,9 @@ def set_(context: CliContext, role: str, force: bool) -> None:
         obstacles = _obstacles(context)
         # Where systemd is about to start the daemon it would only fail; elsewhere somebody starts it later.
         if obstacles and isinstance(machine, units.SystemdMachine):
-            raise obstacles[0]
-        not_done.extend(error.message for error in obstacles)
+            error = obstacles[0]
+            raise ModeError(error.message, hint=f"{error.hint}; nothing was changed", code=error.code)
+        not_done.extend(f"{error.message}; {error.hint}" for error in obstacles)
     moves = mode.change(
         paths,
         target,
@@ -104,6 +104,17 @@ def set_(context: CliContext, role: str, force: bool) -> None:
         click.echo(f"not done: {sentence}")
 
 
+def _daemon(paths: Paths, pid: int | None) -> str:
+    """Says whether the daemon runs, a clause."""
+    from appliance.runtime.health import read_health, stuck
+
+    if pid is None:
+        return "no daemon runs"
+    health = read_health(paths.health_file)
+    why = stuck(pid, paths.health_file) if health is not None and health.pid == pid else ""
+    return f"its daemon (process {pid}) {why}" if why else f"its daemon runs (process {pid})"
+
+
 def _say(sentence: str) -> None:
     click.echo(sentence, file=sys.stderr)
 
@@ -116,12 +127,14 @@ def shipped_units() -> dict[str, str]:
 
 def _obstacles(context: CliContext) -> list[ModeError]:
     """Returns what would keep a controller from starting here."""
+    from appliance.cli import this_machine
+
     found = []
-    if not (context.paths.controller_state / "cluster.json").exists():
+    if not this_machine.may_have_cluster(context.paths):
         found.append(
             ModeError(
                 "there is no cluster on this machine yet",
-                hint="make one first: `appliance controller init --address …`; nothing was changed",
+                hint="make one first: `appliance controller init --address …`",
                 code="MODE-008",
             )
         )
@@ -129,8 +142,7 @@ def _obstacles(context: CliContext) -> list[ModeError]:
         found.append(
             ModeError(
                 held,
-                hint="move it, for example sshd with `Port 2222` in /etc/ssh/sshd_config, "
-                "or set controller.ssh_listen; nothing was changed",
+                hint="move it, for example sshd with `Port 2222` in /etc/ssh/sshd_config, or set controller.ssh_listen",
                 code="MODE-004",
             )
         )
@@ -164,7 +176,7 @@ def count_enrolled(paths: Paths) -> int:
     from appliance.storage.lock import RootLock, holder
 
     try:
-        return Operator(paths.controller_socket).status().enrolled
+        return Operator(paths).status().enrolled
     except UnreachableError:
         if holder(paths.lock) is not None:
             raise

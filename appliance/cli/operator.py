@@ -11,8 +11,9 @@ import grp
 import http.client
 import os
 import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from pathlib import Path
@@ -21,7 +22,9 @@ from urllib.parse import quote, urlencode
 
 import msgspec
 
+from appliance.cli import this_machine
 from appliance.errors import ApplianceError, NotFoundError, UnreachableError, UsageError
+from appliance.paths import Paths
 from appliance.protocol import strict_json
 from appliance.protocol.fleet import SeSummary
 from appliance.protocol.image import ImageReport
@@ -64,6 +67,8 @@ from appliance.protocol.why import Chain
 T = TypeVar("T")
 
 DEADLINE_S = 15.0
+PATIENCE_S = 2.0
+"""After so long whoever waits is told for what."""
 MAX_ANSWER_BYTES = 64 * 1024 * 1024
 """20,000 SEs are 15 MB."""
 
@@ -76,11 +81,20 @@ class Operator:
 
     All methods raise `UnreachableError` where no controller answers, `NotFoundError` and `UsageError` for a subject it
     doesn't know or can't tell apart, and other errors of the tree for other refusals.
+
+    Args:
+        paths: of the instance.
+        deadline_s: of most requests.
+        say: is told a sentence where an answer takes longer than `PATIENCE_S`.
     """
 
-    def __init__(self, socket_path: Path, *, deadline_s: float = DEADLINE_S) -> None:
-        self._path = socket_path
+    def __init__(
+        self, paths: Paths, *, deadline_s: float = DEADLINE_S, say: Callable[[str], None] | None = None
+    ) -> None:
+        self._paths = paths
+        self._path = paths.controller_socket
         self._deadline_s = deadline_s
+        self._say = say
 
     def controller(self) -> ControllerView:
         """This controller."""
@@ -255,14 +269,25 @@ class Operator:
 
     def _get(self, path: str, kind: type[T], **query: float) -> T:
         target = f"{path}?{urlencode(query)}" if query else path
-        return self._ask("GET", target, kind, deadline_s=self._deadline_s + query.get("wait_s", 0.0))
+        wait_s = query.get("wait_s", 0.0)
+        return self._ask("GET", target, kind, deadline_s=self._deadline_s + wait_s, patience_s=PATIENCE_S + wait_s)
 
     def _post(self, path: str, kind: type[T], body: object) -> T:
         raw = b"" if body is None else msgspec.json.encode(body)
         return self._ask("POST", path, kind, deadline_s=self._deadline_s, body=raw)
 
-    def _ask(self, method: str, target: str, kind: type[T], *, deadline_s: float, body: bytes | None = None) -> T:
-        status, raw = self._exchange(method, target, deadline_s=deadline_s, body=body)
+    def _ask(
+        self,
+        method: str,
+        target: str,
+        kind: type[T],
+        *,
+        deadline_s: float,
+        patience_s: float | None = None,
+        body: bytes | None = None,
+    ) -> T:
+        with self._patient(PATIENCE_S if patience_s is None else patience_s, deadline_s):
+            status, raw = self._exchange(method, target, deadline_s=deadline_s, body=body)
         if not 200 <= status < 300:
             raise _refusal(status, raw)
         try:
@@ -292,15 +317,39 @@ class Operator:
             return response.status, bytes(raw)
 
     @contextmanager
+    def _patient(self, patience_s: float, deadline_s: float) -> Iterator[None]:
+        """Says for what somebody waits, once it takes long."""
+        if self._say is None:
+            yield
+            return
+        say = self._say
+
+        def tell() -> None:
+            say(f"waiting for the controller, at most {deadline_s:g} s{this_machine.why_slow(self._paths)}")
+
+        timer = threading.Timer(patience_s, tell)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    @contextmanager
     def _explained(self, deadline_s: float) -> Iterator[None]:
         """Turns what the socket says into an error that says what to do."""
         try:
             yield
         except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
+            if this_machine.is_se(self._paths):
+                raise UnreachableError(
+                    "this machine is an SE, and what was asked for only a controller knows",
+                    hint="ask there; `appliance why` and `appliance status` tell this SE's own half",
+                    code="REACH-007",
+                    retryable=False,
+                ) from None
             raise UnreachableError(
-                f"no controller runs here: nobody listens at {self._path}",
-                hint="start it with `systemctl start appliance` (or `appliance run`); "
-                "`journalctl -u appliance -n 50` shows why it stopped",
+                f"no controller runs here: nobody listens at {self._path}", hint=this_machine.how_to_start(self._paths)
             ) from None
         except PermissionError:
             raise UnreachableError(
@@ -311,14 +360,14 @@ class Operator:
             ) from None
         except TimeoutError:
             raise UnreachableError(
-                f"the controller did not answer within {deadline_s:.0f} s",
-                hint="`appliance doctor` and `journalctl -u appliance -n 50` show what it is busy with",
+                f"the controller did not answer within {deadline_s:g} s{this_machine.why_slow(self._paths)}",
+                hint=f"`appliance doctor` and {this_machine.log_of(self._paths)} show what it is busy with",
                 code="REACH-004",
             ) from None
         except (OSError, http.client.HTTPException) as error:
             raise UnreachableError(
                 f"the controller broke the connection off: {str(error) or type(error).__name__}",
-                hint="it was stopped or has failed; see `journalctl -u appliance -n 50`",
+                hint=f"it was stopped or has failed; see {this_machine.log_of(self._paths)}",
                 code="REACH-005",
             ) from None
 

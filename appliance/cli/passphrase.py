@@ -116,7 +116,7 @@ def passphrase() -> None:
 def set_(context: CliContext, new_passphrase_file: Path | None, reason: str) -> None:
     """Puts the root key under a passphrase; an issuing CA, good for a year, signs from day to day."""
     new = read_passphrase(new_passphrase_file, twice=True, prompt="New passphrase", option="--new-passphrase-file")
-    view = Operator(context.paths.controller_socket).set_passphrase(text_of(new), reason=reason)
+    view = context.operator.set_passphrase(text_of(new), reason=reason)
     _show(context, view, "the root key is under a passphrase")
     if not context.json:
         output.say(output.screen(), "backups from before hold the root key without it: take a new one, destroy those")
@@ -132,7 +132,7 @@ def change(context: CliContext, passphrase_file: Path | None, new_passphrase_fil
     """Puts the root key under another passphrase."""
     old = read_passphrase(passphrase_file, twice=False, prompt="Present passphrase of the root key")
     new = read_passphrase(new_passphrase_file, twice=True, prompt="New passphrase", option="--new-passphrase-file")
-    operator = Operator(context.paths.controller_socket)
+    operator = context.operator
     view = operator.change_passphrase(text_of(old), text_of(new), reason=reason)
     _show(context, view, "the root key is under the new passphrase")
     if not context.json:
@@ -152,7 +152,7 @@ def remove(context: CliContext, passphrase_file: Path | None, force: bool, reaso
             "without a passphrase, whoever reads this disk has the root key", hint="pass --force if that is meant"
         )
     old = read_passphrase(passphrase_file, twice=False, prompt="Present passphrase of the root key")
-    view = Operator(context.paths.controller_socket).remove_passphrase(text_of(old), reason=reason)
+    view = context.operator.remove_passphrase(text_of(old), reason=reason)
     _show(context, view, "the root key has no passphrase any more")
 
 
@@ -170,6 +170,6 @@ def issuing_ca() -> None:
 def renew(context: CliContext, passphrase_file: Path | None, revoke: bool, reason: str) -> None:
     """Replaces it by a new one, good for a year, under live links; do it before it ends."""
     secret = read_passphrase(passphrase_file, twice=False, prompt="Passphrase of the root key")
-    operator = Operator(context.paths.controller_socket)
+    operator = context.operator
     view = operator.renew_issuing(text_of(secret), revoke=revoke, reason=reason)
     _show(context, view, "the issuing CA is a new one")

@@ -6,7 +6,6 @@ import click
 
 from appliance.cli import output
 from appliance.cli.context import CliContext, json_option, pass_context, print_json
-from appliance.cli.operator import Operator
 from appliance.cli.output import Cell, Styled
 from appliance.protocol.operator import RecoveryView
 
@@ -53,7 +52,7 @@ _REASON = click.option("--reason", default="", help="Goes into the audit.")
 @pass_context
 def status(context: CliContext) -> None:
     """Tells who waits with a receipt, and what can't be known."""
-    _show(context, Operator(context.paths.controller_socket).recovery())
+    _show(context, context.operator.recovery())
 
 
 @recovery.command()
@@ -62,7 +61,7 @@ def status(context: CliContext) -> None:
 @pass_context
 def end(context: CliContext, reason: str) -> None:
     """Takes receipts no more; do it when all SEs are back and what was revoked is revoked again."""
-    _show(context, Operator(context.paths.controller_socket).set_recovery("end", reason=reason))
+    _show(context, context.operator.set_recovery("end", reason=reason))
 
 
 @recovery.command()
@@ -71,4 +70,4 @@ def end(context: CliContext, reason: str) -> None:
 @pass_context
 def begin(context: CliContext, reason: str) -> None:
     """Takes receipts again, for SEs that were off until now."""
-    _show(context, Operator(context.paths.controller_socket).set_recovery("begin", reason=reason))
+    _show(context, context.operator.set_recovery("begin", reason=reason))

@@ -52,6 +52,7 @@ _NOUNS = {
 }
 """Noun to the module that has it as `command`, and its line of help: help must not import all of them."""
 
+_GLOBAL_OPTIONS = {"--root", "--set"}
 _DEFECT_CODE = "APPLIANCE-999"
 _EXIT_DEFECT, _EXIT_INTERRUPTED, _EXIT_PIPE = 70, 130, 141
 
@@ -137,11 +138,12 @@ def main(args: Sequence[str]) -> int:
         return _flushed(error.exit_code)
     except ApplianceError as error:
         return _tell(error, wants_json=wants_json)
-    except click.ClickException as error:
+    except click.ClickException as raised:
+        usage = _explained(raised)
         if wants_json:
-            return _tell(UsageError(error.format_message()), wants_json=True)
-        error.show()
-        return error.exit_code
+            return _tell(UsageError(usage.format_message()), wants_json=True)
+        usage.show()
+        return usage.exit_code
     except KeyboardInterrupt:
         return _EXIT_INTERRUPTED
     except click.Abort:  # a question was answered with no
@@ -153,6 +155,13 @@ def main(args: Sequence[str]) -> int:
         paths = context.obj.paths if context is not None and context.obj is not None else None
         return _tell_defect(error, paths, wants_json=wants_json)
     return 0
+
+
+def _explained(error: click.ClickException) -> click.ClickException:
+    """Returns the same error, or one that says where an option goes that is only in the wrong place."""
+    if isinstance(error, click.NoSuchOption) and (name := error.option_name) in _GLOBAL_OPTIONS:
+        return click.NoSuchOption(name, f"{name} goes before the command: {NAME} {name} …", ctx=error.ctx)
+    return error
 
 
 def _complete() -> int:

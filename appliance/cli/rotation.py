@@ -9,7 +9,6 @@ import click
 
 from appliance.cli import output
 from appliance.cli.context import CliContext, json_option, pass_context, print_json
-from appliance.cli.operator import Operator
 from appliance.cli.output import Styled
 from appliance.cli.passphrase import passphrase_option, root_passphrase
 
@@ -57,7 +56,7 @@ def rotation_group(kind: str, what: str) -> click.Group:
     def group() -> None: ...
 
     def act(context: CliContext, verb: str, file: Path | None, *, force: bool = False, reason: str) -> None:
-        operator = Operator(context.paths.controller_socket)
+        operator = context.operator
         passphrase = root_passphrase(operator, file)
         _show(context, operator.rotate(kind, verb, force=force, reason=reason, passphrase=passphrase))
 
@@ -75,7 +74,7 @@ def rotation_group(kind: str, what: str) -> click.Group:
     @pass_context
     def status(context: CliContext) -> None:
         """Tells how far it is, and who has not seen the successor yet."""
-        views = {view.kind: view for view in Operator(context.paths.controller_socket).rotations()}
+        views = {view.kind: view for view in context.operator.rotations()}
         _show(context, views[kind])
 
     @group.command()
@@ -105,6 +104,6 @@ def rotation_group(kind: str, what: str) -> click.Group:
         @pass_context
         def forget(context: CliContext, reason: str) -> None:
             """Destroys the former root's key: who was off since before the change needs a new seed then."""
-            _show(context, Operator(context.paths.controller_socket).rotate("ca", "forget", reason=reason))
+            _show(context, context.operator.rotate("ca", "forget", reason=reason))
 
     return group

@@ -11,7 +11,6 @@ import click
 
 from appliance.cli import output, quantities, se_admission
 from appliance.cli.context import CliContext, json_option, pass_context, print_json
-from appliance.cli.operator import Operator
 from appliance.cli.output import Cell, Column
 from appliance.cli.se_admission import name as _name
 from appliance.errors import UsageError
@@ -140,7 +139,7 @@ for _command in se_admission.COMMANDS:
 @pass_context
 def list_(context: CliContext, states: tuple[str, ...], sort: str) -> None:
     """Lists SEs with their state and figures."""
-    ses = Operator(context.paths.controller_socket).ses()
+    ses = context.operator.ses()
     wanted = sorted((se for se in ses if not states or se.state.value in states), key=SORTS[sort])
     if context.json:
         print_json(wanted)
@@ -207,7 +206,7 @@ def _print_detail(context: CliContext, detail: SeDetail) -> None:
 @pass_context
 def show(context: CliContext, se: str) -> None:
     """Shows all that is known of SE (number, name, se_id or address)."""
-    _print_detail(context, Operator(context.paths.controller_socket).se(se))
+    _print_detail(context, context.operator.se(se))
 
 
 @command.command()
@@ -217,7 +216,7 @@ def show(context: CliContext, se: str) -> None:
 @pass_context
 def revoke(context: CliContext, se: str, reason: str) -> None:
     """Closes the links of SE at once and admits no new one; `reinstate` undoes it."""
-    detail = Operator(context.paths.controller_socket).revoke_se(se, reason=reason)
+    detail = context.operator.revoke_se(se, reason=reason)
     _told(context, detail, f"{_name(detail)} is revoked; its links are closed. `se reinstate` undoes it")
 
 
@@ -231,7 +230,7 @@ def release(context: CliContext, se: str, reason: str) -> None:
 
     Switch the wrong one of the two off first.
     """
-    detail = Operator(context.paths.controller_socket).release(se, reason=reason)
+    detail = context.operator.release(se, reason=reason)
     _told(context, detail, f"{_name(detail)} is released; the first to come back with its key is this SE")
 
 
@@ -242,7 +241,7 @@ def release(context: CliContext, se: str, reason: str) -> None:
 @pass_context
 def rotate_key(context: CliContext, se: str, reason: str) -> None:
     """Has SE make itself a new key; the old one stops working when the new one is known."""
-    detail = Operator(context.paths.controller_socket).rotate_se_key(se, reason=reason)
+    detail = context.operator.rotate_se_key(se, reason=reason)
     _told(context, detail, f"{_name(detail)} makes itself a new key with its next heartbeat")
 
 
@@ -254,7 +253,7 @@ def rotate_key(context: CliContext, se: str, reason: str) -> None:
 @pass_context
 def delete(context: CliContext, se: str, reason: str, yes: bool) -> None:
     """Forgets SE for good: its number is not used again, and its key never gets in again."""
-    operator = Operator(context.paths.controller_socket)
+    operator = context.operator
     before = operator.se(se)
     if not yes:
         if not sys.stdin.isatty():
@@ -286,7 +285,7 @@ def telemetry(context: CliContext, se: str, since: float) -> None:
     from appliance.cli import figures
 
     now = time.time()
-    samples = Operator(context.paths.controller_socket).telemetry(se, since=now - since)
+    samples = context.operator.telemetry(se, since=now - since)
     if context.json:
         print_json(samples)
         return

@@ -57,7 +57,7 @@ def _row(se: PendingView, now: float) -> list[Cell]:
 @pass_context
 def pending(context: CliContext) -> None:
     """Lists SEs that wait for approval, with the fingerprint that each VM prints on its console."""
-    waiting = Operator(context.paths.controller_socket).pending()
+    waiting = context.operator.pending()
     if context.json:
         print_json(waiting)
         return
@@ -106,7 +106,7 @@ def approve(context: CliContext, ses: tuple[str, ...], receipts: bool, reason: s
     """
     if receipts == bool(ses):
         raise UsageError("name SEs, or pass --receipts", hint="`appliance se pending` lists who waits")
-    operator = Operator(context.paths.controller_socket)
+    operator = context.operator
     if receipts:
         _approve_receipts(context, operator, reason)
         return
@@ -136,7 +136,7 @@ def _approve_receipts(context: CliContext, operator: Operator, reason: str) -> N
 @pass_context
 def reject(context: CliContext, ses: tuple[str, ...], reason: str) -> None:
     """Keeps out each SE that waits for approval; its use of the image key and its token are free again."""
-    operator = Operator(context.paths.controller_socket)
+    operator = context.operator
     _each(
         context, ses, lambda subject: operator.reject_se(_by_fingerprint(operator, subject)[0], reason=reason),
         "is rejected",
@@ -150,7 +150,7 @@ def reject(context: CliContext, ses: tuple[str, ...], reason: str) -> None:
 @pass_context
 def reinstate(context: CliContext, ses: tuple[str, ...], reason: str) -> None:
     """Undoes the revocation, rejection or quarantine of each SE; one that waited for approval waits again."""
-    operator = Operator(context.paths.controller_socket)
+    operator = context.operator
     done = [operator.reinstate_se(subject, reason=reason) for subject in ses]
     if context.json:
         print_json(done)

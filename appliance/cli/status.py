@@ -6,10 +6,10 @@ import time
 from typing import TYPE_CHECKING
 
 import click
+import msgspec
 
 from appliance.cli import output, se, this_machine
 from appliance.cli.context import CliContext, json_option, pass_context, print_json
-from appliance.cli.operator import Operator
 from appliance.cli.output import Cell, Styled
 from appliance.protocol.enroll import Refusals
 from appliance.protocol.fleet import State
@@ -33,7 +33,7 @@ def command(context: CliContext, check: bool, show_all: bool) -> None:
     if this_machine.is_se(context.paths):
         _tell_own(context, check=check)
         return
-    operator = Operator(context.paths.controller_socket)
+    operator = context.operator
     status = operator.status()
     if context.json:
         print_json(status)
@@ -57,11 +57,11 @@ def command(context: CliContext, check: bool, show_all: bool) -> None:
 
 
 def _tell_own(context: CliContext, *, check: bool) -> None:
-    seen = this_machine.look(context.paths)
+    seen, now = this_machine.look(context.paths), time.time()
     if context.json:
-        print_json(seen.health)
+        print_json({**msgspec.to_builtins(seen.health), "trouble": this_machine.trouble(seen, now=now)})
     else:
-        this_machine.print_line(output.screen(), seen, now=time.time())
+        this_machine.print_line(output.screen(), seen, now=now)
     if check and not this_machine.is_well(seen):
         click.get_current_context().exit(1)
 

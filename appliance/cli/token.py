@@ -8,7 +8,6 @@ import click
 
 from appliance.cli import output, quantities
 from appliance.cli.context import CliContext, json_option, pass_context, print_json
-from appliance.cli.operator import Operator
 from appliance.cli.output import Cell, Column
 from appliance.errors import UsageError
 from appliance.protocol.operator import TokenView, TokenWish
@@ -66,7 +65,7 @@ def create(context: CliContext, *, image_key: str, rejoin: str, expires: int, in
     if image_key and rejoin:
         raise UsageError("--image-key and --rejoin exclude each other", hint="a rejoin needs no image key")
     wish = TokenWish(image_key_id=image_key, rejoin=rejoin, instance_id=instance_id, expires_in_s=expires, note=note)
-    created = Operator(context.paths.controller_socket).create_token(wish)
+    created = context.operator.create_token(wish)
     if context.json:
         print_json(created)
         return
@@ -84,7 +83,7 @@ def create(context: CliContext, *, image_key: str, rejoin: str, expires: int, in
 @pass_context
 def list_(context: CliContext) -> None:
     """Lists tokens: what each is for, and what became of it."""
-    tokens = Operator(context.paths.controller_socket).tokens()
+    tokens = context.operator.tokens()
     if context.json:
         print_json(tokens)
         return
@@ -104,7 +103,7 @@ def revoke(context: CliContext, token_id: str, reason: str) -> None:
     """Lets nobody in by the token ID (tk-…) any more; an SE that came by it is left alone."""
     if not token_id.startswith("tk-"):
         raise UsageError("the id of a token expected, not the token", hint="`appliance token list` shows the ids")
-    revoked = Operator(context.paths.controller_socket).revoke_token(token_id, reason=reason)
+    revoked = context.operator.revoke_token(token_id, reason=reason)
     if context.json:
         print_json(revoked)
     else:

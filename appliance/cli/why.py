@@ -14,7 +14,6 @@ import click
 
 from appliance.cli import output, se, this_machine
 from appliance.cli.context import CliContext, json_option, pass_context, print_json
-from appliance.cli.operator import Operator
 from appliance.cli.output import Cell, Styled
 from appliance.errors import NotFoundError, UsageError
 from appliance.protocol.fleet import SeSummary
@@ -49,7 +48,7 @@ def command(context: CliContext, subject: str | None) -> None:
 
 
 def _tell_subject(context: CliContext, subject: str) -> bool:
-    operator = Operator(context.paths.controller_socket)
+    operator = context.operator
     chain = operator.why(subject)
     try:
         detail = operator.se(subject)
@@ -74,7 +73,8 @@ def _tell_subject(context: CliContext, subject: str) -> bool:
 def _tell_own(context: CliContext, subject: str | None) -> bool:
     seen, now = this_machine.look(context.paths), time.time()
     health = seen.health
-    told = verdict(health.steps) if seen.is_alive else this_machine.gone(seen, now=now)
+    trouble = this_machine.trouble(seen, now=now)
+    told = trouble or verdict(health.steps)
     if context.json:
         print_json(Chain(subject=subject or health.side, side=health.side, steps=health.steps, verdict=told))
     else:
@@ -86,7 +86,8 @@ def _tell_own(context: CliContext, subject: str | None) -> bool:
             output.say(console, "next: name an SE, a source address or an attempt id; `appliance status` lists the SEs")
         else:
             print_chain(console, health.steps, now=now, side=health.side)
-            _print_verdict(console, health.steps, told, now=now)
+            if not trouble or stop(health.steps):  # else nothing stopped as far as that daemon came to see it
+                _print_verdict(console, health.steps, told, now=now)
     is_stopped = health.side == "se" and stop(health.steps) is not None
     return this_machine.is_well(seen) and not is_stopped
 

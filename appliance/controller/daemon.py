@@ -30,6 +30,7 @@ from appliance.paths import Paths
 from appliance.protocol.why import Step, StepResult
 from appliance.runtime import systemd
 from appliance.runtime.clock import SYNCHRONISED, Clock, SystemClock
+from appliance.runtime.health import BEAT_S
 from appliance.runtime.peer import unix_peer
 from appliance.settings import Settings
 from appliance.storage.atomic import make_dir, write_atomic
@@ -151,11 +152,11 @@ class Controller:
         )  # fmt: skip
 
     async def _watchdog(self) -> None:
-        interval_s = systemd.watchdog_interval_s()
-        while interval_s:
+        interval_s = min(BEAT_S, systemd.watchdog_interval_s() or BEAT_S)
+        while True:
+            self.parts.health.beat()
             systemd.notify("WATCHDOG=1")
             await asyncio.sleep(interval_s)
-        await asyncio.Event().wait()
 
 
 def _actor(transport: Any) -> dict[str, Any]:

@@ -90,16 +90,24 @@ class ControllerStatus(msgspec.Struct, kw_only=True):
     enroll_url: str
     ssh_host: str
     ssh_port: int
+    ssh_user: str
+    """Whom SEs log in as."""
+    ssh_host_key: str
+    """Public key file of the gateway."""
     reverse_port: int
     metrics_url: str
     operator_socket: str
     root_certificate: str
+    trust_document: str
+    """Signed by the root; what an SE believes."""
     login_key: str
     """Private key that logs in to SEs over the reverse path."""
     state: str
     settings: str
     log: str
+    health: str
     bundle: str
+    """Holds the private image key."""
 
 
 class SeStatus(msgspec.Struct, kw_only=True):
@@ -118,6 +126,8 @@ class SeStatus(msgspec.Struct, kw_only=True):
     seed: str
     state: str
     """State directory."""
+    identity: str
+    """Its se_id, private key and grant, JSON; there from its first attempt to enroll on."""
     settings: str
     log: str
     health: str
@@ -138,6 +148,8 @@ class LabStatus(msgspec.Struct, kw_only=True):
     root: str
     user: str
     known_hosts: str
+    trouble: str
+    """Why the fleet's words are missing; empty where the controller answers."""
     controller: ControllerStatus
     ses: list[SeStatus]
 

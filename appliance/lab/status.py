@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from appliance import settings
 from appliance.errors import UnreachableError
 from appliance.lab import processes
 from appliance.lab.layout import (
@@ -34,14 +35,18 @@ def _controller(layout: Layout, lab: Lab) -> ControllerStatus:
         enroll_url=enroll_url(part),
         ssh_host=LOOPBACK,
         ssh_port=part.ssh_port,
+        ssh_user=settings.load(paths, environ={}, overrides={}).users.se,
+        ssh_host_key=str(paths.controller_state / "ssh_host_ed25519_key.pub"),
         reverse_port=part.reverse_port,
         metrics_url=metrics_url(part),
         operator_socket=str(paths.controller_socket),
         root_certificate=str(paths.controller_state / "root-ca.pem"),
+        trust_document=str(paths.controller_state / "trust.json"),
         login_key=str(paths.controller_state / "id_se"),
         state=str(paths.controller_state),
         settings=str(paths.settings_file),
         log=str(layout.log("controller")),
+        health=str(paths.health_file),
         bundle=part.bundle,
     )
 
@@ -60,6 +65,7 @@ def _se(layout: Layout, lab: Lab, part: SePart, summary: SeSummary | None) -> Se
         sshd_log=str(layout.sshd(part.name) / "sshd.log"),
         seed=str(layout.seed(part.name)),
         state=str(paths.se_state),
+        identity=str(paths.se_state / "identity.json"),
         settings=str(paths.settings_file),
         log=str(layout.log(part.name)),
         health=str(paths.health_file),
@@ -79,14 +85,17 @@ def status(layout: Layout, *, connect: Connect) -> LabStatus:
         UsageError: there is no lab.
     """
     lab = load(layout)
+    fleet: dict[str, SeSummary] = {}
+    trouble = ""
     try:
-        fleet = {se.name: se for se in connect(layout.controller.controller_socket).ses()}
-    except UnreachableError:
-        fleet = {}
+        fleet = {se.name: se for se in connect(layout.controller).ses()}
+    except UnreachableError as error:
+        trouble = error.message
     return LabStatus(
         root=str(layout.root),
         user=lab.user,
         known_hosts=str(layout.known_hosts),
+        trouble=trouble,
         controller=_controller(layout, lab),
         ses=[_se(layout, lab, part, fleet.get(part.name)) for part in lab.ses],
     )

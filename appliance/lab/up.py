@@ -78,8 +78,8 @@ class Operator(Protocol):
         ...
 
 
-Connect = Callable[[Path], Operator]
-"""Makes an `Operator` of the path of a controller's socket."""
+Connect = Callable[[Paths], Operator]
+"""Makes an `Operator` of where a controller lies."""
 
 
 def document(layout: Layout) -> Document[Lab]:
@@ -144,7 +144,7 @@ class _Work:
 
     def __init__(self, layout: Layout, connect: Connect, say: Say, overrides: Mapping[str, str]) -> None:
         self._layout = layout
-        self._operator = connect(layout.controller.controller_socket)
+        self._operator = connect(layout.controller)
         self._say = say
         self._overrides = overrides
         # all mistakes in them are told before anything is made; the lab's root itself has no settings file

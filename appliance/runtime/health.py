@@ -4,12 +4,16 @@ It holds the state line and this side's half of the causal chain. "Each step nee
 fails or has to wait, the later ones aren't true any more and wait too. The file lies on a tmpfs and is replaced by
 rename, not synced; a failure to write it is logged once and never disturbs the daemon. The state line lies beside it
 as text, for the machine's consoles (`appliance-console.path`), and is written anew only when it changes.
+
+What a daemon wrote holds for as long as it lives. So its main thread (an SE) or loop (a controller) touches the file
+every few seconds, `Health.beat`, and who reads it asks `stuck` before believing it.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
 
 import msgspec
@@ -20,6 +24,10 @@ from appliance.protocol.why import Chain, Link, Step, StepResult, verdict
 from appliance.runtime import log as logs
 from appliance.runtime.clock import Clock
 
+BEAT_S = 5.0
+"""How often a daemon shows that it stirs."""
+SILENT_S = 30.0
+"""A daemon that didn't for so long hangs: what it wrote before is no news any more."""
 _SAME_CONTENT_EVERY_S = 1.0
 _MAX_BYTES = 256 * 1024
 _log = logs.bind("health")
@@ -95,6 +103,15 @@ class Health:
             self._write()
             self._show()
 
+    def beat(self) -> None:
+        """Shows that this daemon stirs: touches the file, or writes it anew where somebody took it away."""
+        try:
+            os.utime(self._path)
+        except OSError:
+            with self._lock:
+                self._written = None
+                self._write()
+
     def chain(self, subject: str) -> Chain:
         """Returns this side's chain with its verdict."""
         with self._lock:
@@ -153,10 +170,28 @@ class Health:
 def read_health(path: Path) -> HealthDocument | None:
     """Returns what a daemon last wrote, or None where there is nothing that can be read.
 
-    Whether that daemon still lives is not said here: look at `pid`.
+    Whether that daemon still lives is not said here: look at `pid`, and ask `stuck`.
     """
     try:
         with path.open("rb") as file:
             return msgspec.json.decode(file.read(_MAX_BYTES), type=HealthDocument)
     except (OSError, *strict_json.UNDECODABLE):
         return None
+
+
+def stuck(pid: int, path: Path) -> str:
+    """Returns what keeps the daemon in process `pid`, which wrote `path`, from doing anything; "" where it stirs.
+
+    A clause that goes on after "process N". `pid` must be alive; a process that nobody may look at counts as stirring.
+    """
+    try:
+        # Behind the name, which may hold anything (proc_pid_stat(5)).
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+        silent_s = time.time() - path.stat().st_mtime
+    except (OSError, IndexError):
+        return ""
+    if state in {"T", "t"}:
+        return f"is stopped, by a signal or a debugger; `kill -CONT {pid}` lets it go on"
+    if silent_s > SILENT_S:
+        return f"has not stirred for {silent_s:.0f} s: it hangs, or this machine is out of processor time"
+    return ""

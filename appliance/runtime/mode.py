@@ -253,11 +253,11 @@ class BareMachine:
         """Starts nothing, and says so."""
         if role is Mode.NONE:
             return []
-        root = "" if str(self._paths.root) == "/" else f" --root {self._paths.root}"
-        return [
-            f"no systemd unit was installed or enabled: {self._why}",
-            f"the daemon was not started: run `appliance{root} run`",
-        ]
+        not_done = [f"no systemd unit was installed or enabled: {self._why}"]
+        if holder(self._paths.lock) is None:
+            root = "" if str(self._paths.root) == "/" else f" --root {self._paths.root}"
+            not_done.append(f"the daemon was not started: run `appliance{root} run`")
+        return not_done
 
 
 def stop_holder(paths: Paths, *, timeout_s: float, progress: Callable[[str], None]) -> None:

@@ -26,7 +26,7 @@ from appliance.protocol.tunnel import ImageKeyCopies, LinkState
 from appliance.protocol.why import Step, StepResult
 from appliance.runtime import child, host, log, systemd
 from appliance.runtime.clock import Clock, SystemClock
-from appliance.runtime.health import Health, read_health
+from appliance.runtime.health import BEAT_S, Health, read_health
 from appliance.runtime.stop import StopToken, stop_on_signals
 from appliance.runtime.supervisor import Supervisor
 from appliance.se import identity
@@ -83,18 +83,13 @@ def run(paths: Paths, settings: Settings) -> int:
     return 0
 
 
-def _supervisor(stop: StopToken, clock: Clock) -> Supervisor:
-    return Supervisor(
-        stop,
-        clock=clock,
-        tick=_tick,
-        tick_s=systemd.watchdog_interval_s(),
-        join_timeout_s=STOP_S,
-    )
+def _supervisor(stop: StopToken, clock: Clock, health: Health) -> Supervisor:
+    def tick() -> None:
+        health.beat()
+        systemd.notify("WATCHDOG=1")
 
-
-def _tick() -> None:
-    systemd.notify("WATCHDOG=1")
+    tick_s = min(BEAT_S, systemd.watchdog_interval_s() or BEAT_S)
+    return Supervisor(stop, clock=clock, tick=tick, tick_s=tick_s, join_timeout_s=STOP_S)
 
 
 def _start_over() -> None:
@@ -145,7 +140,7 @@ def _enroll(
         paths, settings.se, state=state, beliefs=beliefs, clock=clock, tell=health.step, tell_line=tell_line
     )
     tell_line("first boot" + "".join(f"; {text}" for text in state.set_aside))
-    supervisor = _supervisor(stop, clock)
+    supervisor = _supervisor(stop, clock, health)
     supervisor.add("enroll", enrollment.first_boot, critical=True)
     supervisor.run()
 
@@ -236,7 +231,7 @@ def _link(
         GivenFile(paths.se_state).watch(token)
         while_this_se.stop("this SE is to be another one")
 
-    supervisor = _supervisor(while_this_se, clock)
+    supervisor = _supervisor(while_this_se, clock, health)
     supervisor.add("links", links.run, critical=True)
     supervisor.add("given", watch_console, critical=True)
     supervisor.add("refresh", refresh.run, critical=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -425,6 +426,25 @@ def test_a_daemon_that_died_is_not_believed(health: Health, cli: Cli, tmp_path: 
     assert ran.code == 1
     assert f"pid {gone.pid}) no longer runs" in ran.out
     assert "no longer runs" in json.loads(cli("why", "--json").out)["verdict"]
+
+
+def test_a_daemon_that_stands_still_is_not_believed(health: Health, cli: Cli, tmp_path: Path) -> None:
+    for step in list(Step)[:-1]:
+        health.step(step, OK)
+    health.line("se", "UP", "linked", [])
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as stopped:
+        try:
+            rewrite(tmp_path / "run/appliance/health.json", pid=stopped.pid)
+            assert cli("why").code == 0
+            stopped.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, stopped.pid, os.WSTOPPED)
+            why, status, check = cli("why"), cli("status", "--json"), cli("status", "--check")
+        finally:
+            stopped.kill()
+    assert (why.code, check.code) == (1, 1)
+    assert f"(process {stopped.pid}) is stopped" in why.out
+    assert "all steps happened" not in why.out
+    assert f"kill -CONT {stopped.pid}" in json.loads(status.out)["trouble"]
 
 
 def test_a_controller_is_asked_for_a_subject(tmp_path: Path, cli: Cli) -> None:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import queue
+import signal
 import socket
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import operator_double as doubles
 import pytest
 from operator_double import OperatorDouble
 
-from appliance.cli.operator import Operator
+from appliance.cli import operator as operator_module
+from appliance.cli import this_machine
+from appliance.cli.operator import DEADLINE_S, Operator
 from appliance.errors import (
     ApplianceError,
     EnrollError,
@@ -21,13 +28,20 @@ from appliance.errors import (
     UnreachableError,
     UsageError,
 )
+from appliance.paths import Paths
 from appliance.protocol.operator import ImageKeyTermsWish
 from appliance.protocol.problem import Problem
+from appliance.runtime.clock import SystemClock
+from appliance.runtime.health import Health
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "run/appliance/controller.sock"
+
+
+def operator_at(path: Path, *, deadline_s: float = DEADLINE_S, say: Callable[[str], None] | None = None) -> Operator:
+    return Operator(Paths(path.parents[2]), deadline_s=deadline_s, say=say)
 
 
 @pytest.fixture
@@ -43,24 +57,24 @@ def problem(status: int, code: str, **more: object) -> Problem:
 def test_answers_are_decoded(double: OperatorDouble, path: Path) -> None:
     double.answers["GET /v1/ses"] = [doubles.summary(1), doubles.down(2)]
     double.answers["GET /v1/controller"] = doubles.controller_view()
-    operator = Operator(path)
+    operator = operator_at(path)
     assert operator.ses() == [doubles.summary(1), doubles.down(2)]
     assert operator.controller().cluster_id.startswith("0f7c")
 
 
 def test_a_subject_is_one_path_segment_whatever_it_holds(double: OperatorDouble, path: Path) -> None:
     double.answers["GET /v1/ses/..%2Fstatus%3Fx%20%C3%A4"] = doubles.detail(doubles.summary(1))
-    assert Operator(path).se("../status?x ä").summary.number == 1
+    assert operator_at(path).se("../status?x ä").summary.number == 1
     for nothing in ("", ".", ".."):
         with pytest.raises(UsageError):
-            Operator(path).se(nothing)
+            operator_at(path).se(nothing)
 
 
 def test_bodies_and_queries_are_sent(double: OperatorDouble, path: Path) -> None:
     double.answers["POST /v1/ses/7/revoke"] = doubles.detail(doubles.summary(7))
     double.answers["GET /v1/events"] = []
     double.answers["POST /v1/drain"] = {"links": 4}
-    operator = Operator(path)
+    operator = operator_at(path)
     operator.revoke_se("7", reason="stolen")
     assert operator.events(after=12, wait_s=2.5) == []
     assert operator.drain().links == 4
@@ -88,7 +102,7 @@ def test_a_problem_becomes_the_error_of_its_code(
 ) -> None:
     double.answers["GET /v1/status"] = problem(status, code, detail="got 1, expected 2", advice="do this")
     with pytest.raises(ApplianceError) as caught:
-        Operator(path).status()
+        operator_at(path).status()
     error = caught.value
     assert type(error) is kind
     assert (error.code, error.hint, error.exit_code) == (code, "do this", exit_code)
@@ -99,29 +113,39 @@ def test_a_problem_becomes_the_error_of_its_code(
 def test_a_problem_that_waiting_helps_is_retryable(double: OperatorDouble, path: Path) -> None:
     double.answers["GET /v1/status"] = problem(503, "STORE-001")
     with pytest.raises(StoreError) as caught:
-        Operator(path).status()
+        operator_at(path).status()
     assert caught.value.retryable
 
 
 def test_a_refusal_that_is_no_problem_document_is_told_all_the_same(double: OperatorDouble, path: Path) -> None:
     double.answer = lambda request: (502, "text/html", b"<html>")  # type: ignore[method-assign]
     with pytest.raises(ApplianceError, match="the controller answered 502"):
-        Operator(path).status()
+        operator_at(path).status()
 
 
 @pytest.mark.parametrize("raw", [b"{", b"{}", b"[]"])
 def test_an_answer_of_another_shape_names_the_version(double: OperatorDouble, path: Path, raw: bytes) -> None:
     double.answers["GET /v1/status"] = raw
     with pytest.raises(ApplianceError, match="another shape") as caught:
-        Operator(path).status()
+        operator_at(path).status()
     assert "version" in caught.value.hint
 
 
 def test_no_daemon(path: Path) -> None:
     with pytest.raises(UnreachableError, match="no controller runs here") as caught:
-        Operator(path).status()
-    assert "appliance run" in caught.value.hint
-    assert "journalctl" in caught.value.hint
+        operator_at(path).status()
+    assert f"`appliance --root {path.parents[2]} run`" in caught.value.hint
+    assert "`systemctl start appliance`" in this_machine.how_to_start(Paths(Path("/")))
+    assert "journalctl" in this_machine.how_to_start(Paths(Path("/")))
+
+
+def test_an_se_sends_whoever_asks_to_a_controller(path: Path) -> None:
+    path.parent.mkdir(parents=True)
+    Health(path.with_name("health.json"), "se", SystemClock()).line("se", "UP", "node 1 up", [])
+    with pytest.raises(UnreachableError, match="this machine is an SE") as caught:
+        operator_at(path).ses()
+    assert (caught.value.code, caught.value.retryable) == ("REACH-007", False)
+    assert "`appliance why`" in caught.value.hint
 
 
 def test_a_stale_socket(path: Path) -> None:
@@ -129,7 +153,7 @@ def test_a_stale_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as left_over:
         left_over.bind(str(path))
     with pytest.raises(UnreachableError, match="no controller runs here"):
-        Operator(path).status()
+        operator_at(path).status()
 
 
 def test_no_permission(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +166,7 @@ def test_no_permission(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("socket.socket", Refusing)
     path.parent.mkdir(parents=True)
     with pytest.raises(UnreachableError, match="may not be opened") as caught:
-        Operator(path).status()
+        operator_at(path).status()
     assert "usermod -aG" in caught.value.hint
     assert not caught.value.retryable
 
@@ -167,11 +191,38 @@ def silent(path: Path, said: bytes) -> Iterator[None]:
         thread.join()
 
 
+def test_whoever_waits_is_told_for_what(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operator_module, "PATIENCE_S", 0.0)
+    told: queue.SimpleQueue[str] = queue.SimpleQueue()
+    for _ in silent(path, b""):
+        with pytest.raises(UnreachableError):
+            operator_at(path, deadline_s=0.2, say=told.put).status()
+        assert told.get(timeout=10) == "waiting for the controller, at most 0.2 s"
+
+
+def test_a_stopped_controller_is_named(path: Path) -> None:
+    for _ in silent(path, b""):
+        with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as stopped:
+            health = Health(path.with_name("health.json"), "controller", SystemClock())
+            health.line("controller", "ready", "", [])
+            told = path.with_name("health.json").read_text().replace(f'"pid":{os.getpid()}', f'"pid":{stopped.pid}')
+            path.with_name("health.json").write_text(told)
+            stopped.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, stopped.pid, os.WSTOPPED)
+            try:
+                with pytest.raises(UnreachableError) as caught:
+                    operator_at(path, deadline_s=0.2).status()
+            finally:
+                stopped.kill()
+    assert f"process {stopped.pid} is stopped" in caught.value.message
+    assert f"kill -CONT {stopped.pid}" in caught.value.message
+
+
 @pytest.mark.parametrize("said", [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"])
 def test_a_frozen_daemon_meets_the_deadline(path: Path, said: bytes) -> None:
     for _ in silent(path, said):
         with pytest.raises(UnreachableError, match="did not answer within") as caught:
-            Operator(path, deadline_s=0.2).status()
+            operator_at(path, deadline_s=0.2).status()
         assert caught.value.retryable
 
 
@@ -194,7 +245,7 @@ def test_a_dribbling_daemon_meets_the_deadline(double: OperatorDouble, path: Pat
         thread = threading.Thread(target=run)
         thread.start()
         with pytest.raises(UnreachableError, match="did not answer within"):
-            Operator(path, deadline_s=0.1).status()
+            operator_at(path, deadline_s=0.1).status()
         thread.join()
 
 
@@ -204,7 +255,7 @@ def test_a_connection_broken_off(double: OperatorDouble, path: Path) -> None:
 
     double.answers["GET /v1/status"] = fail
     with pytest.raises(UnreachableError, match="broke the connection off"):
-        Operator(path).status()
+        operator_at(path).status()
 
 
 def test_an_answer_cut_short(path: Path) -> None:
@@ -222,7 +273,7 @@ def test_an_answer_cut_short(path: Path) -> None:
         thread = threading.Thread(target=run)
         thread.start()
         with pytest.raises(UnreachableError, match="broke the connection off"):
-            Operator(path).status()
+            operator_at(path).status()
         thread.join()
 
 
@@ -230,13 +281,13 @@ def test_a_root_deeper_than_a_socket_path(tmp_path: Path) -> None:
     path = tmp_path / ("d" * 100) / "run/appliance/controller.sock"
     with doubles.serve(path) as double:
         double.answers["GET /v1/ses"] = []
-        assert Operator(path).ses() == []
+        assert operator_at(path).ses() == []
     opened = [str(entry.readlink()) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink()]
     assert str(path.parent) not in opened
 
 
 def test_every_operation_asks_the_path_of_the_protocol(double: OperatorDouble, path: Path) -> None:
-    operator = Operator(path)
+    operator = operator_at(path)
     calls = {
         "POST /v1/ses/1/delete": lambda: operator.delete_se("1", reason="r"),
         "GET /v1/ses/1/telemetry": lambda: operator.telemetry("1", since=5.0),

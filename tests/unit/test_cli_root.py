@@ -90,6 +90,13 @@ def test_a_misspelt_noun_names_the_nearest(capsys: pytest.CaptureFixture[str]) -
     assert root.group.get_command(click.Context(root.group), "xyzzy") is None
 
 
+def test_a_global_option_behind_the_noun_is_told_where_it_goes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert root.main(["mode", "show", "--root", "/x"]) == 2
+    assert "--root goes before the command: appliance --root …" in capsys.readouterr().err
+    assert root.main(["status", "--json", "--set", "a.b=1"]) == 2
+    assert "--set goes before the command" in json.loads(capsys.readouterr().err)["title"]
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["mode", "--help"], ["mode", "set", "-h"]])
 def test_help_is_no_error(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert root.main(arguments) == 0

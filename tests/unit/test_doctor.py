@@ -52,11 +52,12 @@ def test_a_machine_without_a_role_is_looked_at_without_failures_of_its_own(
 
 def test_failures_end_with_one_and_are_printed_whole(paths: Paths, capsys: pytest.CaptureFixture[str]) -> None:
     paths.settings_file.parent.mkdir(parents=True)
-    paths.settings_file.write_text("[se]\nmax_links = 0\n")
+    paths.settings_file.write_text("[se]\nmax_links = 0\n[log]\nlevel = 7\n")
     assert root.main(["--root", str(paths.root), "doctor"]) == 1
     out = capsys.readouterr().out
     assert "fail  settings" in out
     assert "se.max_links = 0: expected int >= 1" in out
+    assert "\\n" not in out  # each problem is a line
 
 
 def test_a_broken_mode_file_is_a_finding(paths: Paths) -> None:
@@ -85,6 +86,10 @@ def test_the_daemon(paths: Paths) -> None:
         paths.run.mkdir(parents=True)
         Health(paths.health_file, "se", SystemClock()).line("se", "UP", "OK", [])
         assert only(doctor.check_daemon(paths, Mode.SE)).text == f"process {os.getpid()}: UP OK"
+        os.utime(paths.health_file, (0, 0))
+        hangs = only(doctor.check_daemon(paths, Mode.SE))
+        assert hangs.result is Result.FAIL
+        assert "has not stirred" in hangs.text
     paths.lock.unlink()
     paths.lock.symlink_to("nowhere")
     assert only(doctor.check_daemon(paths, Mode.SE)).hint == "look as root"
@@ -144,9 +149,27 @@ def test_a_disk_that_fills_up_is_a_warning(tmp_path: Path, monkeypatch: pytest.M
     assert only(doctor.check_disk(Paths(tmp_path / "not/yet"), 100)).result is Result.WARN
 
 
-@pytest.mark.parametrize(("told", "result"), [(True, Result.OK), (False, Result.WARN)])
-def test_clock(told: bool, result: Result) -> None:
-    assert only(doctor.check_clock(SystemClock(synchronised=told))).result is result
+@pytest.mark.parametrize(
+    ("told", "role", "result", "words"),
+    [
+        (True, Mode.SE, Result.OK, "synchronised"),
+        (False, Mode.NONE, Result.WARN, "not synchronised"),
+        (False, Mode.SE, Result.WARN, "against the controller's time"),
+        (False, Mode.CONTROLLER, Result.WARN, "SEs may take theirs"),
+    ],
+)
+def test_clock(told: bool, role: Mode, result: Result, words: str) -> None:
+    found = only(doctor.check_clock(SystemClock(synchronised=told), role))
+    assert found.result is result
+    assert words in found.text
+
+
+def test_a_controller_without_a_cluster(paths: Paths) -> None:
+    assert list(doctor.check_cluster(paths, Mode.SE)) == []
+    assert only(doctor.check_cluster(paths, Mode.CONTROLLER)).result is Result.FAIL
+    paths.cluster_file.parent.mkdir()
+    paths.cluster_file.touch()
+    assert list(doctor.check_cluster(paths, Mode.CONTROLLER)) == []
 
 
 def test_ports_of_a_controller(paths: Paths) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from appliance.protocol.why import Link, Step, StepResult
-from appliance.runtime.health import Health, read_health
+from appliance.runtime.health import SILENT_S, Health, read_health, stuck
 
 
 class Hands:
@@ -157,3 +157,24 @@ def test_what_cannot_be_read_is_nothing(tmp_path: Path, content: bytes) -> None:
     assert read_health(file) is None
     file.write_bytes(content)
     assert read_health(file) is None
+
+
+def test_a_daemon_that_beats_is_believed_and_one_that_stopped_is_not(health: Health, tmp_path: Path) -> None:
+    path = tmp_path / "health.json"
+    health.beat()  # there is nothing yet: it is written
+    assert stuck(os.getpid(), path) == ""
+    long_ago = path.stat().st_mtime - SILENT_S - 5
+    os.utime(path, (long_ago, long_ago))
+    assert "has not stirred for 3" in stuck(os.getpid(), path)
+    health.beat()
+    assert stuck(os.getpid(), path) == ""
+    assert stuck(os.getpid(), tmp_path / "none") == ""
+
+
+def test_a_health_file_that_somebody_took_is_there_again(health: Health, tmp_path: Path) -> None:
+    health.line("se", "UP", "node 1 up", [])
+    (tmp_path / "health.json").unlink()
+    health.beat()
+    found = read_health(tmp_path / "health.json")
+    assert found is not None
+    assert found.state == "UP"

@@ -339,6 +339,8 @@ def test_a_bare_machine_says_what_it_did_not_do(paths: Paths) -> None:
         "no systemd unit was installed or enabled: there is no systemd",
         f"the daemon was not started: run `appliance --root {paths.root} run`",
     ]
+    with RootLock(paths.lock):  # the daemon runs already
+        assert machine.enable(Mode.SE) == ["no systemd unit was installed or enabled: there is no systemd"]
     appliance = BareMachine(Paths(Path("/")), why="x", progress=print)
     assert appliance.enable(Mode.SE)[1] == "the daemon was not started: run `appliance run`"
 

@@ -80,6 +80,8 @@ class Controller(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """What may wait for one link whose SE doesn't read; more closes it. Bulk stops at 1 MiB by itself."""
     unsent_max_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 40)] = 256 * 1024 * 1024
     """The same for all links together; those for which the most waits are closed first."""
+    windows_max_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 40)] = 256 * 1024 * 1024
+    """What all channels together may have under way above 64 KiB each: memory, where local readers don't read."""
     disk_reserve_bytes: Annotated[int, Meta(ge=0)] = 64 * 1024 * 1024
     """Below this much free space enrollments are refused, so that what was granted can still be stored."""
     audit_reserve_bytes: Annotated[int, Meta(ge=0, le=1 << 32)] = 8 * 1024 * 1024

@@ -23,6 +23,7 @@ from asyncssh.kex import register_kex_alg
 from asyncssh.kex_dh import _KexHybridECDH
 from asyncssh.logging import SSHLogger
 
+from appliance.controller.pace import PacedConnection
 from appliance.controller.slots import Slots
 from appliance.pki.mlkem import MlKem768
 from appliance.protocol.tunnel import KEX, slot_line
@@ -77,7 +78,7 @@ class Plain(SSHConnection):
         """Nobody reads it."""
 
 
-class GatewayConnection(Plain, asyncssh.SSHServerConnection):
+class GatewayConnection(Plain, PacedConnection, asyncssh.SSHServerConnection):
     """One incoming connection."""
 
     async def reload_config(self) -> None:

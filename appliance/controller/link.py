@@ -25,11 +25,13 @@ RTT_WINDOW_S = 30.0
 
 
 class RttMinimum:
-    """Minimum RTT of the last 30 to 60 seconds, in two numbers a link instead of a list."""
+    """Minimum RTT of the last 30 to 60 seconds, in two numbers a link instead of a list; and of all its life."""
 
-    __slots__ = ("_before", "_current", "_since")
+    __slots__ = ("_before", "_current", "_since", "least")
 
     def __init__(self) -> None:
+        self.least: float | None = None
+        """Of the link's whole life, seconds: what its way takes without a queue on it."""
         self._since = 0.0
         self._current: float | None = None
         self._before: float | None = None
@@ -42,6 +44,7 @@ class RttMinimum:
             self._current = None
             self._since += windows * RTT_WINDOW_S
         self._current = rtt_s if self._current is None else min(self._current, rtt_s)
+        self.least = rtt_s if self.least is None else min(self.least, rtt_s)
 
     @property
     def value(self) -> float | None:

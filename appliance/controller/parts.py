@@ -57,6 +57,7 @@ from appliance.protocol.enroll import SeStatus
 from appliance.protocol.operator import ControllerView
 from appliance.protocol.trust import TrustDocument
 from appliance.protocol.why import Step, StepResult
+from appliance.protocol.window import Pool
 from appliance.runtime import host
 from appliance.runtime.clock import Clock
 from appliance.runtime.health import Health
@@ -118,7 +119,8 @@ class Parts:
             monotonic=clock.monotonic,
         )
         uids = allowed_uids(terms.reverse_users)
-        self.reverse = ReversePath(self.fleet, allowed_uids=lambda: uids)
+        windows = Pool(terms.windows_max_bytes)
+        self.reverse = ReversePath(self.fleet, windows=windows, allowed_uids=lambda: uids)
         self.nonces = Nonces(self.material.nonce_key)
         self.admission = Admission(self.registry, pending_life_s=terms.pending_life_s, wall=clock.now)
         self.tokens = Tokens(self.registry, wall=clock.now)
@@ -220,6 +222,7 @@ class Parts:
             fleet=self.fleet,
             attempts=self.attempts,
             channel_api=self.channel_front,
+            windows=windows,
             on_lost=self._lost,
             wall=clock.now,
             monotonic=clock.monotonic,

@@ -23,6 +23,7 @@ from appliance.controller.splice import SshEnd, TcpEnd, has_tiny_packets
 from appliance.errors import TrustError
 from appliance.pki.host_key_probe import HostKeyProbe
 from appliance.protocol.address import REVERSE_PORT, se_address, se_number
+from appliance.protocol.window import FLOOR_BYTES, Pool, Window
 from appliance.runtime.peer import tcp_peer_uid
 
 _log = logging.getLogger(__name__)
@@ -72,8 +73,9 @@ class _ProbeSession(asyncssh.SSHTCPSession[bytes]):
 class ReversePath:
     """Serves the reverse listener and checks each link's reverse path: once, and when it seems down. One loop only."""
 
-    def __init__(self, fleet: Fleet, *, allowed_uids: Callable[[], Collection[int]]) -> None:
+    def __init__(self, fleet: Fleet, *, windows: Pool, allowed_uids: Callable[[], Collection[int]]) -> None:
         self._fleet = fleet
+        self._windows = windows
         self._allowed_uids = allowed_uids
         self._tasks: set[asyncio.Task[None]] = set()
         self._turn = asyncio.Semaphore(CHECKS_AT_ONCE)
@@ -157,9 +159,12 @@ class ReversePath:
     async def _open(self, link: Link, end: TcpEnd, peer: tuple[str, int]) -> SshEnd:
         record = self._fleet.registry.se(link.se_id)
         number = record.number if record else 0
-        session = SshEnd(end, link, self._fleet.seen)
+        window = Window(self._windows, asyncio.get_running_loop().time())
+        session = SshEnd(end, link, self._fleet.seen, window=window)
         channel, _ = await asyncio.wait_for(
-            link.conn.create_connection(lambda: session, se_address(number), REVERSE_PORT, peer[0], peer[1]),
+            link.conn.create_connection(
+                lambda: session, se_address(number), REVERSE_PORT, peer[0], peer[1], window=FLOOR_BYTES
+            ),
             OPEN_TIMEOUT_S,
         )
         if has_tiny_packets(channel):

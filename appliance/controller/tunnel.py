@@ -38,6 +38,7 @@ from appliance.protocol.address import REVERSE_PORT, parse_endpoint, se_address
 from appliance.protocol.enroll import SeStatus
 from appliance.protocol.fleet import Reason
 from appliance.protocol.why import Step, StepResult
+from appliance.protocol.window import FLOOR_BYTES, MOST_QUEUE_BYTES, Pool, Window
 
 _log = logging.getLogger(__name__)
 
@@ -113,6 +114,7 @@ class Gateway:
         fleet: Fleet,
         attempts: Attempts,
         channel_api: FrontEnd,
+        windows: Pool,
         on_lost: Callable[[Link], None],
         wall: Callable[[], float],
         monotonic: Callable[[], float],
@@ -122,6 +124,7 @@ class Gateway:
         self.fleet = fleet
         self.attempts = attempts
         self.channel_api = channel_api
+        self.windows = windows
         self.on_lost = on_lost
         self.wall = wall
         self.monotonic = monotonic
@@ -138,6 +141,9 @@ class Gateway:
 
     async def listen(self, sock: socket.socket, host_key: Path) -> asyncssh.SSHAcceptor:
         """Starts accepting on a bound socket."""
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            # Each connection has it from the listener; `pace` makes it less where the way is slow.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MOST_QUEUE_BYTES // 2)
         kex = list(tunnel.KEX) + (list(tunnel.KEX_FALLBACK) if self.terms.allow_curve25519 else [])
         return await listen(
             sock,
@@ -372,7 +378,7 @@ class Peer(asyncssh.SSHServer):
             self._refused("channel")
             raise refuse(f"no channels to {dest_host}:{dest_port}")
         link.channels += 1
-        channel = conn.create_tcp_channel()
+        channel = conn.create_tcp_channel(window=FLOOR_BYTES)
         return channel, self._open_service(link, channel, target)
 
     async def _open(self, link: Link, channel: asyncssh.SSHTCPChannel[bytes]) -> ChannelSession:
@@ -391,7 +397,8 @@ class Peer(asyncssh.SSHServer):
     async def _open_service(self, link: Link, channel: asyncssh.SSHTCPChannel[bytes], target: str) -> SshEnd:
         self._refuse_tiny_packets(link, channel)
         end = TcpEnd()
-        session = SshEnd(end, link, self._gateway.fleet.seen, on_close=lambda: self._closed(link))
+        window = Window(self._gateway.windows, asyncio.get_running_loop().time())
+        session = SshEnd(end, link, self._gateway.fleet.seen, window=window, on_close=lambda: self._closed(link))
         try:
             host, port = parse_endpoint(target, default_port=0)
             async with asyncio.timeout(SERVICE_TIMEOUT_S):

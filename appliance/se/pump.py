@@ -13,7 +13,10 @@ import threading
 from appliance.se.channel_api import ByteChannel
 from appliance.se.wire import shut
 
-CHUNK_BYTES = 32 * 1024
+CHUNK_BYTES = 128 * 1024
+"""Read from the socket at once: four packets. It waits here while the channel takes nothing."""
+TAKE_BYTES = 1024 * 1024
+"""Read from the channel at once: paramiko moves all that stays behind."""
 _LOOK_AGAIN_S = 1.0
 """paramiko tells nobody that a half-closed channel was closed whole; it is looked at this often."""
 
@@ -43,7 +46,7 @@ def pump(sock: socket.socket, channel: ByteChannel) -> None:
 
 def _to_socket(sock: socket.socket, channel: ByteChannel) -> None:
     try:
-        while received := channel.recv(CHUNK_BYTES):
+        while received := channel.recv(TAKE_BYTES):
             sock.sendall(received)
         sock.shutdown(socket.SHUT_WR)
     except (OSError, EOFError):

@@ -4,6 +4,9 @@ Dial, key exchange, host key, authentication, in this order; the host key is one
 before anything is said about this SE. What the project decided about algorithms is enforced here (`protocol.tunnel`).
 
 paramiko's own waits are long or endless (FACTS, trap 1): the caller has a `Guard` on the wire, which ends each of them.
+
+Channels that carry bulk have windows that follow their way (`protocol.window`), and let everything else pass:
+heartbeats, windows, opens and ends never wait behind more than the one bulk packet that is being written.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import base64
 import io
 import queue
+import threading
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -18,6 +22,8 @@ from appliance.errors import TrustError, TunnelError
 from appliance.pki import ssh_keys
 from appliance.pki.identity import Identity
 from appliance.protocol import tunnel as said
+from appliance.protocol.window import FLOOR_BYTES, MOST_BYTES, Pool, Window
+from appliance.runtime.clock import Clock
 from appliance.se.channel_api import ByteChannel
 from appliance.se.lean_paramiko import paramiko
 from appliance.se.wire import Wire
@@ -34,6 +40,9 @@ _DISCONNECT, _BY_APPLICATION = b"\x01", 11
 _CHANNEL_REQUEST = b"\x62"
 """SSH_MSG_CHANNEL_REQUEST (RFC 4254 section 5.4)."""
 
+_CHANNEL_DATA, _WINDOW_ADJUST = 94, b"\x5d"
+"""SSH_MSG_CHANNEL_DATA, SSH_MSG_CHANNEL_WINDOW_ADJUST (RFC 4254 section 5.2)."""
+
 _FAILURES = (paramiko.SSHException, OSError, EOFError)
 
 
@@ -42,12 +51,126 @@ class _Packets(paramiko.packet.Packetizer):
         """Does nothing: paramiko would start a timer thread that a failed handshake leaves behind for 15 s."""
 
 
-class SshConnection:
-    """An authenticated connection, once `log_in` returned."""
+class _Transport(paramiko.Transport):
+    """Sends bulk one packet at a time, and only while nothing else wants to be sent.
 
-    def __init__(self, wire: Wire, *, allow_curve25519: bool) -> None:
+    All senders meet at one lock of paramiko's, and locks know no order: a pump that lets go of it has it again before a
+    heartbeat's thread has woken up.
+    """
+
+    def __init__(self, wire: Wire) -> None:
+        super().__init__(
+            wire,  # type: ignore[arg-type]
+            default_window_size=FLOOR_BYTES, strict_kex=True, packetizer_class=_Packets,
+        )  # fmt: skip
+        self.bulk_channels: set[int] = set()
+        """The peer's numbers of channels that carry bulk."""
+        self._bulk_turn = threading.Lock()
+        self._changed = threading.Condition()
+        self._urgent = 0
+
+    def _send_user_message(self, data: paramiko.Message) -> None:
+        head = data.packet.getbuffer()[:5]
+        is_bulk = head[0] == _CHANNEL_DATA and int.from_bytes(head[1:], "big") in self.bulk_channels
+        head.release()  # or the message couldn't grow any more
+        if is_bulk:
+            with self._bulk_turn:
+                with self._changed:
+                    self._changed.wait_for(lambda: not self._urgent)
+                super()._send_user_message(data)  # type: ignore[misc]  # has no public name
+            return
+        with self._changed:
+            self._urgent += 1
+        try:
+            super()._send_user_message(data)  # type: ignore[misc]
+        finally:
+            with self._changed:
+                self._urgent -= 1
+                if not self._urgent:
+                    self._changed.notify_all()
+
+
+class BulkChannel:
+    """A channel whose receiving window follows its way; one thread reads. Otherwise paramiko's own."""
+
+    def __init__(
+        self, channel: paramiko.Channel, transport: _Transport, window: Window, *, pool_lock: threading.Lock,
+        rtt_s: Callable[[], float | None], clock: Clock,
+    ) -> None:  # fmt: skip
+        self._channel = channel
+        self._transport = transport
+        self._window = window
+        self._rtt_s = rtt_s
+        self._clock = clock
+        self._pool_lock = pool_lock
+        transport.bulk_channels.add(channel.remote_chanid)
+
+    @property
+    def closed(self) -> bool:
+        """See `ByteChannel`."""
+        return self._channel.closed
+
+    def settimeout(self, timeout: float | None) -> None:
+        """See `ByteChannel`."""
+        self._channel.settimeout(timeout)
+
+    def sendall(self, s: bytes) -> None:
+        """See `ByteChannel`."""
+        self._channel.sendall(s)
+
+    def shutdown_write(self) -> None:
+        """See `ByteChannel`."""
+        self._channel.shutdown_write()
+
+    def close(self) -> None:
+        """See `ByteChannel`."""
+        self._transport.bulk_channels.discard(self._channel.remote_chanid)
+        with self._pool_lock:
+            self._window.close()
+        self._channel.close()
+
+    def recv(self, nbytes: int) -> bytes:
+        """Returns bytes, b"" at the end. Raises `TimeoutError`."""
+        received = self._channel.recv(nbytes)
+        with self._pool_lock:
+            size = self._window.took(len(received), self._clock.monotonic(), self._rtt_s())
+        if size != self._channel.in_window_size and received:
+            self._resize(size)
+        return received
+
+    def _resize(self, size: int) -> None:
+        """Grants what is more at once; what is less is held back from what will be read next."""
+        channel: Any = self._channel
+        with channel.lock:
+            channel.in_window_sofar += size - channel.in_window_size
+            channel.in_window_size = size
+            channel.in_window_threshold = size // 10
+            granted = channel.in_window_sofar if channel.in_window_sofar > channel.in_window_threshold else 0
+            channel.in_window_sofar -= granted
+        if granted:
+            message = paramiko.Message()
+            message.add_byte(_WINDOW_ADJUST)
+            message.add_int(channel.remote_chanid)
+            message.add_int(granted)
+            self._transport._send_user_message(message)  # noqa: SLF001 - has no public name
+
+
+class SshConnection:
+    """An authenticated connection, once `log_in` returned.
+
+    Args:
+        wire: the connected socket.
+        clock: times rates.
+        rtt_s: the least round trip of the link, None while none is known.
+        allow_curve25519: offers a key exchange without post-quantum protection beside the other one.
+    """
+
+    def __init__(self, wire: Wire, *, clock: Clock, rtt_s: Callable[[], float | None], allow_curve25519: bool) -> None:
         self.wire = wire
-        self._transport = transport = paramiko.Transport(wire, strict_kex=True, packetizer_class=_Packets)  # type: ignore[arg-type]
+        self._clock = clock
+        self._rtt_s = rtt_s
+        self._pool, self._pool_lock = Pool(MOST_BYTES), threading.Lock()
+        self._transport = transport = _Transport(wire)
         transport.banner_timeout = transport.auth_timeout = transport.channel_timeout = _ENDLESS_S
         options = transport.get_security_options()
         kex = said.KEX + (said.KEX_FALLBACK if allow_curve25519 else ())
@@ -100,15 +223,26 @@ class SshConnection:
             )
 
     def open_channel(self, host: str, port: int) -> ByteChannel:
-        """Opens a `direct-tcpip` channel. Raises `TunnelError` where it is refused or the link ends."""
+        """Opens a `direct-tcpip` channel; all but those of the channel API carry bulk.
+
+        Raises:
+            TunnelError: it is refused, or the link ends.
+        """
         try:
-            return self._transport.open_channel("direct-tcpip", (host, port), ("127.0.0.1", 0))
+            channel = self._transport.open_channel("direct-tcpip", (host, port), ("127.0.0.1", 0))
+            return channel if (host, port) == (said.CHANNEL_HOST, said.CHANNEL_PORT) else self._bulk(channel)
         except paramiko.ChannelException as error:
             raise TunnelError(
                 f"the gateway refused a channel to {host}:{port}: {error.text}", code="TUNNEL-037"
             ) from None
         except _FAILURES as error:
             raise TunnelError(self._ended(error), code="TUNNEL-035") from None
+
+    def _bulk(self, channel: paramiko.Channel) -> BulkChannel:
+        window = Window(self._pool, self._clock.monotonic())
+        return BulkChannel(
+            channel, self._transport, window, pool_lock=self._pool_lock, rtt_s=self._rtt_s, clock=self._clock
+        )
 
     def serve_reverse(self, address: str, port: int, accepted: queue.SimpleQueue[ByteChannel | None]) -> None:
         """Asks for connections to `address:port` on the node; they come as channels in `accepted`.
@@ -119,7 +253,7 @@ class SshConnection:
 
         def take(channel: paramiko.Channel, _origin: Any, _server: Any) -> None:
             # Called by paramiko's reader thread: anything that waits here would stop the whole link.
-            accepted.put(channel)
+            accepted.put(self._bulk(channel))
 
         try:
             self._transport.request_port_forward(address, port, handler=take)
@@ -167,7 +301,7 @@ class SshConnection:
                 for field in fields:
                     message.add_string(field)
                 channel._event_pending()  # type: ignore[attr-defined]  # noqa: SLF001 - no public name for one request
-                self._transport._send_user_message(message)  # type: ignore[attr-defined]  # noqa: SLF001
+                self._transport._send_user_message(message)  # noqa: SLF001
                 channel._wait_for_event()  # type: ignore[attr-defined]  # noqa: SLF001
             finally:
                 channel.close()
@@ -216,7 +350,7 @@ class SshConnection:
         message.add_string("the SE closes the link")
         message.add_string("en")
         try:
-            self._transport._send_user_message(message)  # type: ignore[attr-defined]  # noqa: SLF001 - has no public name
+            self._transport._send_user_message(message)  # noqa: SLF001 - has no public name
         except _FAILURES:
             return
 

@@ -200,6 +200,7 @@ class Link:
         self._sent: deque[_Sent] = deque()
         self._sequence = 0
         self._rtt_s = 0.0
+        self._least_rtt_s: float | None = None
         self._interval_s = caller.grant.heartbeat_interval_s
         self._until_telemetry = 0
         self._is_key_due = False
@@ -248,7 +249,9 @@ class Link:
         guard = Guard(wire, self._clock, login_deadline_s=LOGIN_DEADLINE_S)
         wire.on_close = guard.lost
         guard.start()
-        connection = SshConnection(wire, allow_curve25519=settings.allow_curve25519)
+        connection = SshConnection(
+            wire, clock=self._clock, rtt_s=lambda: self._least_rtt_s, allow_curve25519=settings.allow_curve25519
+        )
         withdraw = stop.on_stop(guard.leave)
         try:
             self._serve(connection, guard)
@@ -442,6 +445,8 @@ class Link:
     def _answered(self, sent: _Sent, pong: said.HeartbeatAnswer, arrived: float, guard: Guard) -> None:
         first = self._rtt_s == 0.0
         self._rtt_s = max(arrived - sent.at, 1e-6)
+        self._least_rtt_s = min(self._rtt_s, self._least_rtt_s or self._rtt_s)
+        self._log.debug("heartbeat %d answered after %.1f ms", sent.sequence, self._rtt_s * 1000)
         if not self._open_doors:
             self._move(LinkEvent.ANSWERED)
         if sent.last_id:

@@ -15,13 +15,12 @@ from collections.abc import Callable
 from appliance.errors import TunnelError, UnreachableError
 from appliance.protocol.address import parse_endpoint
 from appliance.protocol.tunnel import read_slot
+from appliance.protocol.window import MOST_QUEUE_BYTES, Rate
 from appliance.runtime.clock import Clock
 from appliance.runtime.stop import StopToken
 
 UNPROVEN_LIMIT_BYTES = 256 * 1024
 """Most that a peer may send before log-in: a key exchange takes some kilobytes, a false packet length asks for 4 GB."""
-NOT_SENT_BYTES = 128 * 1024
-"""Most that waits unsent in the kernel: at 10 Mbit/s a ping then waits 100 ms behind bulk, not seconds."""
 
 _LOOK_AGAIN_S = 2.0
 """How long a read waits before paramiko may look whether it wants new keys."""
@@ -88,8 +87,9 @@ class Wire:
         self.on_close: Callable[[], None] = lambda: None
         """Called by each `close`; paramiko closes its socket when the peer did, or broke the protocol."""
         sock.settimeout(_LOOK_AGAIN_S)
-        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOT_SENT_BYTES)
+        self._rate = Rate(clock.monotonic())
+        self._queue_bytes = 0
+        self._limit_queue(MOST_QUEUE_BYTES)
 
     @property
     def _closed(self) -> bool:
@@ -119,7 +119,15 @@ class Wire:
         """Sends what fits. Raises `TimeoutError` when it is time to look again."""
         sent = self._sock.send(content)
         self.sent_bytes += sent
+        if self._rate.add(sent, self._clock.monotonic()):
+            self._limit_queue(self._rate.queue_bytes)
         return sent
+
+    def _limit_queue(self, queue_bytes: int) -> None:
+        """Limits what waits unsent in the kernel, where it is much more or less than before."""
+        if hasattr(socket, "TCP_NOTSENT_LOWAT") and not 0.75 <= queue_bytes / (self._queue_bytes or 1) <= 1.25:
+            self._queue_bytes = queue_bytes
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, queue_bytes)
 
     def settimeout(self, timeout_s: float | None) -> None:
         """Ignored: paramiko would wake up ten times a second."""

@@ -15,7 +15,7 @@ from bench.processes import BenchError
 from bench.report import Progress, Report, combine, dated, table
 from bench.stand import Options, Stand
 
-BENCHES = ("start", "enroll", "agent", "recovery", "fleet", "image")
+BENCHES = ("start", "enroll", "agent", "recovery", "bulk", "fleet", "image")
 BY_NAME_ONLY = ("growth", "loaded")
 """Not among `all`: they take too long."""
 BUSY_LOAD = 0.5

@@ -44,12 +44,16 @@ class Server:
         """Its processes without the listener."""
         return children(self.pid)
 
-    def arguments(self) -> list[str]:
-        """What `ssh` needs to log in, without a program before it and host and forwards after it."""
+    def arguments(self, *, port: int = 0) -> list[str]:
+        """What `ssh` needs to log in, without a program before it and host and forwards after it.
+
+        `port` leads to it by another way.
+        """
         options = {
             "BatchMode": "yes",
             "ConnectTimeout": 10,
             "ExitOnForwardFailure": "yes",
+            "HostKeyAlias": f"[{LOOPBACK}]:{self.port}",
             "IdentitiesOnly": "yes",
             "ServerAliveCountMax": ALIVE_COUNT,
             "ServerAliveInterval": ALIVE_S,
@@ -57,7 +61,7 @@ class Server:
             "UserKnownHostsFile": self.directory / "known_hosts",
         }
         settings = [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
-        return ["-F", "none", *settings, "-i", str(self.directory / "id"), "-p", str(self.port)]
+        return ["-F", "none", *settings, "-i", str(self.directory / "id"), "-p", str(port or self.port)]
 
 
 @contextlib.contextmanager
@@ -74,7 +78,7 @@ def server(place: Path) -> Iterator[Server]:
     (directory / "authorized_keys").write_text((directory / "id.pub").read_text())
     (directory / "known_hosts").write_text(f"[{LOOPBACK}]:{port} {(directory / 'host.pub').read_text()}")
     # sshd without PAM lets nobody in whose password is locked, as root's often is
-    uses_pam = is_root and lab_sshd._is_locked(_user(), Path("/etc/shadow"))
+    uses_pam = is_root and lab_sshd._is_locked(user(), Path("/etc/shadow"))
     lines = [
         f"ListenAddress {LOOPBACK}:{port}",
         f"HostKey {directory / 'host'}",
@@ -128,7 +132,7 @@ def reverse(to: Server, target_port: int) -> Iterator[Reverse]:
     """A link to `to` that is up, kept up by autossh."""
     (port,) = free_ports(1)
     forward = ["-N", "-R", f"{LOOPBACK}:{port}:{LOOPBACK}:{target_port}"]
-    command = ["autossh", "-M", "0", *to.arguments(), *forward, f"{_user()}@{LOOPBACK}"]
+    command = ["autossh", "-M", "0", *to.arguments(), *forward, f"{user()}@{LOOPBACK}"]
     # without a gate time autossh gives up where the very first try fails, which is what we want to see
     with child.Daemon(command, log_path=to.directory / "autossh.log") as daemon:
         link = Reverse(to, daemon, port)
@@ -147,7 +151,7 @@ def links(to: Server, count: int) -> Iterator[float]:
     with contextlib.ExitStack() as stack:
         import time
 
-        command = ["ssh", *to.arguments(), "-N", f"{_user()}@{LOOPBACK}"]
+        command = ["ssh", *to.arguments(), "-N", f"{user()}@{LOOPBACK}"]
         before, began = _accepted(to), time.monotonic()
         for index in range(count):
             stack.enter_context(child.Daemon(command, log_path=to.directory / f"ssh-{index}.log"))
@@ -169,7 +173,7 @@ def shows_banner(host: str, port: int) -> bool:
         return False
 
 
-def _user() -> str:
+def user() -> str:
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:

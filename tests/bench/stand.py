@@ -10,9 +10,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -20,10 +21,14 @@ from appliance.cli.operator import Operator
 from appliance.lab.layout import LOOPBACK, LabStatus, to_toml
 from appliance.lab.ports import free_ports
 from appliance.paths import Paths
+from appliance.pki import ssh_keys
 from appliance.protocol.operator import ImageKeyTermsWish
 from appliance.runtime import child
+from appliance.runtime.health import read_health
 from bench.processes import BenchError, until
 from bench.report import Progress
+from image_builder import output
+from image_builder import seed as baking
 
 PROJECT = Path(__file__).resolve().parents[2]
 START_S = 60.0
@@ -104,10 +109,20 @@ class Stand:
 
     @contextlib.contextmanager
     def controller(
-        self, root: Path, *, settings: Mapping[str, object], tracer: Sequence[str] = ()
-    ) -> Iterator[Controller]:
-        """A controller alone, with `settings` for its section; `tracer` is put before its command."""
-        enroll, ssh = free_ports(2)
+        self, root: Path, *, settings: Mapping[str, object], services: Mapping[str, str] | None = None,
+        ports: tuple[int, int] | None = None, seen_ssh: int = 0, tracer: Sequence[str] = (),
+    ) -> Iterator[Controller]:  # fmt: skip
+        """A controller alone.
+
+        Args:
+            root: of its state.
+            settings: of its section.
+            services: what SEs may reach over their links.
+            ports: for enrolling and SSH, free ones unless given.
+            seen_ssh: the port by which SEs reach the one for SSH, the same unless given.
+            tracer: is put before its command.
+        """
+        enroll, ssh = ports or free_ports(2)
         terms = {
             "enroll_listen": f"{LOOPBACK}:{enroll}",
             "ssh_listen": f"{LOOPBACK}:{ssh}",
@@ -117,9 +132,11 @@ class Stand:
         }
         paths = Paths(root)
         paths.settings_file.parent.mkdir(parents=True)
-        paths.settings_file.write_text(to_toml({"controller": terms}), encoding="utf-8")
+        sections = {"controller": terms} | ({"controller.services": dict(services)} if services else {})
+        paths.settings_file.write_text(to_toml(sections), encoding="utf-8")
         on = ["--root", str(root)]
-        self.command(*on, "controller", "init", "--address", LOOPBACK, "--date", "now")
+        seen = ["--ssh-port", str(seen_ssh or ssh)]
+        self.command(*on, "controller", "init", "--address", LOOPBACK, *seen, "--date", "now")
         self.command(*on, "mode", "set", "controller")
         with self.running(root, tracer=tracer) as running:
             yield running
@@ -147,6 +164,39 @@ class Stand:
                     os.kill(running.pid, signal.SIGTERM)
                 daemon.wait(20)
 
+    @contextlib.contextmanager
+    def se(
+        self, place: Path, bundle: Path, *, settings: Mapping[str, object], forwards: Mapping[str, str]
+    ) -> Iterator[Se]:
+        """An SE that enrolled with `bundle` and is UP."""
+        root, seed = place / "se", place / "seed"
+        now = int(time.time())
+        baked = baking.bake(bundle.read_bytes(), baking.Wishes(name="se-1"), baked_at=now, now=now)
+        output.place(baked.files, directory=seed, iso=None, iso_content=b"")
+        paths = Paths(root)
+        paths.settings_file.parent.mkdir(parents=True)
+        host_key = root / "etc/ssh/ssh_host_ed25519_key.pub"
+        host_key.parent.mkdir(parents=True)
+        host_key.write_text(ssh_keys.generate()[1] + "\n")  # nobody logs in here
+        sections = {"log": {"level": "debug"}, "se": {"seed": str(seed), **settings}, "se.forwards": dict(forwards)}
+        paths.settings_file.write_text(to_toml(sections), encoding="utf-8")
+        on = ["--root", str(root)]
+        self.command(*on, "mode", "set", "se")
+        log = place / "se.log"
+        with child.Daemon([*self.program, *on, "run"], log_path=log) as daemon:
+
+            def is_up() -> bool:
+                if daemon.poll() is not None:
+                    raise BenchError(f"the SE ended; the end of {log}:\n{log.read_text()[-2000:]}")
+                health = read_health(paths.health_file)
+                return health is not None and health.state == "UP"
+
+            until(is_up, what="the SE is up", deadline_s=START_S)
+            try:
+                yield Se(paths, daemon.pid, log)
+            finally:
+                daemon.terminate(20.0)
+
 
 class Controller:
     """A running controller."""
@@ -164,6 +214,14 @@ class Controller:
         path.touch(mode=0o600)
         path.write_bytes(msgspec.json.encode(created.bundle))
         return path
+
+
+class Se(NamedTuple):
+    """A running SE."""
+
+    paths: Paths
+    pid: int
+    log: Path
 
 
 @contextlib.contextmanager

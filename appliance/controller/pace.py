@@ -1,0 +1,102 @@
+"""What asyncssh has not: back-pressure from a connection's socket to those who fill its channels.
+
+asyncssh takes all it is given and keeps it for a peer that doesn't read. Here whoever has bulk for a link (a `Feeder`)
+asks `may_feed` first; it stops while the socket takes nothing more, while its channel waits for the peer's window, and
+while keys are exchanged, and is told when it may go on. So heartbeats' answers find at most what
+`protocol.window.Rate.queue_bytes` says before them. Those who waited longest go on first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any, Protocol, cast
+
+import asyncssh
+from asyncssh.connection import SSHConnection
+
+from appliance.protocol.window import Rate
+
+LOOK_AGAIN_S = 0.02
+"""How often a feeder looks whether new keys are there: asyncssh tells nobody."""
+
+
+class Feeder(Protocol):
+    """Who has bulk for a link."""
+
+    def look(self) -> None:
+        """Stops or goes on, as `may_feed` says."""
+        ...
+
+
+class Pace:
+    """Of one link, from its first bulk on."""
+
+    def __init__(self, transport: asyncio.Transport, now: float) -> None:
+        self.feeders: dict[Feeder, None] = {}
+        """Who fed last stands last."""
+        self.rate = Rate(now)
+        self._transport = transport
+        self._queue_bytes = 0
+
+    def fed(self, feeder: Feeder, count: int, now: float) -> None:
+        """`count` bytes were given to the link."""
+        self.feeders.pop(feeder, None)
+        self.feeders[feeder] = None
+        if self.rate.add(count, now):
+            self._limit_queue(self.rate.queue_bytes)
+
+    def _limit_queue(self, queue_bytes: int) -> None:
+        """Half of what may wait does so in the kernel, half here."""
+        if 0.75 <= queue_bytes / (self._queue_bytes or 1) <= 1.25:
+            return
+        self._queue_bytes = queue_bytes
+        sock = self._transport.get_extra_info("socket")
+        if sock is not None and hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, queue_bytes // 2)
+        self._transport.set_write_buffer_limits(high=queue_bytes // 2, low=queue_bytes // 8)
+
+
+class PacedConnection(SSHConnection):
+    """A connection that tells its feeders when its socket is full, and when it isn't any more."""
+
+    is_full = False
+    pace: Pace | None = None
+
+    def pause_writing(self) -> None:
+        """Called by the transport."""
+        self.is_full = True
+        self._tell()
+
+    def resume_writing(self) -> None:
+        """Called by the transport."""
+        self.is_full = False
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.pace is not None:
+            for feeder in list(self.pace.feeders):
+                feeder.look()
+
+    def fed(self, feeder: Feeder, count: int, now: float) -> None:
+        """A feeder gave `count` bytes to one of the channels."""
+        if self.pace is None:
+            if self._transport is None:
+                return
+            self.pace = Pace(self._transport, now)
+        self.pace.fed(feeder, count, now)
+
+    def leave(self, feeder: Feeder) -> None:
+        """A feeder has nothing more."""
+        if self.pace is not None:
+            self.pace.feeders.pop(feeder, None)
+
+
+def paced(channel: asyncssh.SSHTCPChannel[Any]) -> PacedConnection:
+    """The connection of a channel."""
+    return cast("PacedConnection", channel.get_connection())
+
+
+def may_feed(channel: asyncssh.SSHTCPChannel[Any]) -> bool:
+    """Whether a channel takes more now, as far as its peer's window and its connection go; keys are asked for apart."""
+    return not channel.get_write_buffer_size() and not paced(channel).is_full

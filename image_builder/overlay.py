@@ -48,12 +48,19 @@ datasource:
     fs_label: null
 # No default user: nobody logs in until an operator's key was baked in. The one named is there already and stays as is.
 users: [{name: aviseuser, lock_passwd: false}]
+# One stage less, each is a start of Python: what stands in the stage `config` elsewhere comes with the last one. Left
+# out is what costs seconds and has nothing to do here: locale, grub, apt, passwords, and keys on the console.
+cloud_config_modules: []
+cloud_final_modules: [timezone, ntp, runcmd, package-update-upgrade-install, write-files-deferred, scripts-vendor,
+  scripts-per-once, scripts-per-boot, scripts-per-instance, scripts-user, final-message, power-state-change]
 """,
     "controller": """\
 datasource_list: [NoCloud, None]
 users: [default]
+grub_dpkg: {enabled: false}
 """,
 }
+# No `locale` and no `ssh_pwauth`: both are in the image, and cloud-init would start other programs to set them.
 _CLOUD_BOTH = """\
 system_info:
   default_user:
@@ -65,9 +72,8 @@ system_info:
     shell: /bin/bash
   network:
     renderers: [networkd]
-locale: C.UTF-8
+locale: "false"
 disable_root: true
-ssh_pwauth: false
 ssh_deletekeys: false
 ssh_genkeytypes: [ed25519]
 package_update: false
@@ -159,13 +165,18 @@ def places(role: Role, *, root_guid: str, openssh: tuple[int, int], units: dict[
             path="etc/systemd/resolved.conf.d/10-appliance.conf",
             text="# Names come from DNS; these would listen on every address.\n[Resolve]\nLLMNR=no\nMulticastDNS=no\n",
         ),
+        Place(path="etc/default/locale", text="LANG=C.UTF-8\n"),
         # Cleans up after scrubbing LVM snapshots, of which there are none: it only holds up the boot.
         Place(path="etc/systemd/system/e2scrub_reap.service", link="/dev/null"),
+        # Lets the kernel start .pyc files by their name, which nobody does.
+        Place(path="etc/systemd/system/systemd-binfmt.service", link="/dev/null"),
         Place(
             path="etc/systemd/journald.conf.d/10-appliance.conf",
             text="[Journal]\nStorage=persistent\nSystemMaxUse=64M\n",
         ),
     ]
+    if role == "se":  # its modules are those of the last stage
+        found.append(Place(path="etc/systemd/system/cloud-config.service", link="/dev/null"))
     kernel = kernel_update.script(esp_name=ESP_NAME)
     found.append(Place(path=kernel_update.SCRIPT_FILE, text=kernel, mode=0o755))
     found += [Place(path=hook, link=f"/{kernel_update.SCRIPT_FILE}") for hook in kernel_update.HOOKS]

@@ -18,6 +18,7 @@ FILES = (protocol.USER_DATA_FILE, protocol.META_DATA_FILE, protocol.NETWORK_CONF
 HOOKS_DIRECTORY = "/etc/appliance/hooks/"
 LISTEN_FILE = "/etc/ssh/sshd_config.d/20-listen.conf"
 _HEAD = "#cloud-config"
+_START = ["appliance", "mode", "set", "se"]
 
 
 def with_wishes(files: Mapping[str, bytes], wishes: Wishes, notes: list[str]) -> dict[str, bytes]:
@@ -29,6 +30,8 @@ def with_wishes(files: Mapping[str, bytes], wishes: Wishes, notes: list[str]) ->
         notes: gets a sentence for what could not be worked in.
     """
     found = {name: content for name, content in files.items() if name in FILES}
+    if protocol.USER_DATA_FILE in found:
+        found[protocol.USER_DATA_FILE] = _without_start(found[protocol.USER_DATA_FILE])
     if wishes.network:
         found[protocol.NETWORK_CONFIG_FILE] = wishes.network
     if wishes.hostname and protocol.META_DATA_FILE in found:
@@ -42,6 +45,15 @@ def with_wishes(files: Mapping[str, bytes], wishes: Wishes, notes: list[str]) ->
         else:
             found[protocol.USER_DATA_FILE] = _rendered(_changed(config, wishes))
     return found
+
+
+def _without_start(user_data: bytes) -> bytes:
+    """Takes the command out that starts the role, where no hook comes before it: first boot has done it by then."""
+    config = _config(user_data)
+    if config is None or has_hooks(user_data) or _START not in config.get("runcmd", []):
+        return user_data
+    config["runcmd"] = [command for command in config["runcmd"] if command != _START]
+    return _rendered({name: value for name, value in config.items() if name != "runcmd" or value})
 
 
 def _changed(config: dict[str, Any], wishes: Wishes) -> dict[str, Any]:

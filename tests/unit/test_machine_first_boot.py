@@ -267,7 +267,7 @@ def test_a_foreign_disk_gives_hints_and_never_an_anchor(paths: Paths, disk: Disk
     assert loaded.controllers == ("c.example:8443", "198.51.100.9:8443")
     assert loaded.hints == Hints(name="by-disk", labels={"site": "north"})
     config = wishes.read_lines((paths.root / "var/lib/cloud/seed/nocloud/user-data").read_bytes())
-    assert config == {**wishes.read_lines(seed_files()["user-data"]), "hostname": "by-disk"}
+    assert config == {"hostname": "by-disk", "preserve_hostname": False}
 
 
 def test_a_disk_of_another_cluster_and_a_broken_one_are_left_out() -> None:
@@ -443,6 +443,23 @@ def test_user_data_of_another_form_is_passed_on_as_it_is() -> None:
     assert found["user-data"] == files["user-data"]
     assert wishes.meta_host_name(found["meta-data"]) == "b"
     assert len(notes) == 1
+
+
+def test_the_role_is_started_once() -> None:
+    """By first boot, or by cloud-init where hooks come before it: each start of the program costs a slow VM seconds."""
+    start = ["appliance", "mode", "set", "se"]
+
+    def left(**more: object) -> object:
+        hooks = cloud.CloudWishes(**more)  # type: ignore[arg-type]
+        raw = cloud.user_data(hooks, target=cloud.Target.OWN, hostname="a", mode="se", last=[["true"]] if more else [])
+        found = cloud_seed.with_wishes({"user-data": raw}, NOBODY, [])
+        return wishes.read_lines(found["user-data"]).get("runcmd")
+
+    assert left() is None
+    assert left(timezone="Europe/Berlin") == [["true"]]
+    assert start in left(hooks=[cloud.Hook("a.sh", b"#!/bin/sh\n")])  # type: ignore[operator]
+    by_hand = b"#cloud-config\nruncmd:\n  - [appliance, mode, set, se]\n"
+    assert cloud_seed.with_wishes({"user-data": by_hand}, NOBODY, [])["user-data"] == by_hand
 
 
 def test_hooks_are_seen() -> None:

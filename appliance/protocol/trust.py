@@ -18,7 +18,12 @@ TRUST_TYPE = "application/vnd.appliance.trust+json"
 RECEIPT_TYPE = "application/vnd.appliance.receipt+json"
 AUDIT_HEAD_TYPE = "application/vnd.appliance.audit-head+json"
 
+TRUST_PATH = "/v1/enroll/trust"
+"""On HTTPS 8443: TrustRequest -> TrustAnswer, for SEs that slept through changes of root."""
+
 MAX_TRUST_BYTES = 256 * 1024
+MAX_ROOT_CHANGES = 32
+"""How many changes of root an SE may have slept through and still follow, one by one."""
 
 
 class EnvelopeSignature(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -82,6 +87,18 @@ class TrustDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """OpenSSH public key that signs upgrade bundles; empty until the upgrade stage has one."""
 
 
+class TrustRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Asks for what follows on a version of the trust document. Unsigned: a trust document is no secret."""
+
+    version: int
+
+
+class TrustAnswer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The trust document that ended the next change of root after that version, or the one in force."""
+
+    trust: Envelope
+
+
 class Receipt(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The controller's signed word that an SE enrolled; proves it to a controller restored from an older backup."""
 
@@ -106,6 +123,11 @@ class AuditHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     hash: str
     time: int
     """When it was signed, seconds since 1970."""
+
+
+def outlasts(before: TrustDocument, now: TrustDocument) -> bool:
+    """Whether all that counted as signed under `before` still does under `now`: no root is gone, no key was revoked."""
+    return set(before.roots) <= set(now.roots) and set(now.revoked_node_keys) <= set(before.revoked_node_keys)
 
 
 def replaces(new: TrustDocument, current: TrustDocument | None) -> bool:

@@ -155,7 +155,7 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     audit_heads: list[Envelope] = []
     """The newest of this node, one for each epoch, that the SE keeps as a witness."""
     wants_receipt: bool = False
-    """The SE has no receipt for the key it logged in with: it changed that key, and the answer got lost."""
+    """The receipt that the SE has is for another key, or signed by who may not count any more (`se.receipt`)."""
 
 
 class HelloAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -222,7 +222,10 @@ class HeartbeatAnswer(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
 
 class RotateKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """An SE's new key, sent over a link that the old one opened. The SE stored it durably before."""
+    """An SE's new key, sent over a link that the old one opened. The SE stored it durably before.
+
+    With the key that counts already it changes nothing, and asks for that key's receipt as it is signed now.
+    """
 
     se_key: str
     """OpenSSH public key line, ssh-ed25519, no comment."""

@@ -170,6 +170,7 @@ def _link(
     # Here and not above: paramiko and psutil are for tunnel mode, and the first boot's memory is gone by then.
     from appliance.se.forward import Forward
     from appliance.se.links import Links
+    from appliance.se.receipt import Receipts
     from appliance.se.refresh import Refresh
     from appliance.se.telemetry import Telemetry
     from appliance.se.tunnel import Caller
@@ -178,6 +179,7 @@ def _link(
 
     witness = Witness(paths.se_state / "witness.json", beliefs)
     witness.load()
+    receipts = Receipts(state, beliefs)
     spool = Spool(paths.se_state / "spool", max_bytes=settings.se.spool_max_bytes)
     telemetry = Telemetry(spool, settings.se.telemetry_interval_s, clock, host.Host())
 
@@ -192,6 +194,7 @@ def _link(
             is_next_key=is_next_key,
             keys=state,
             grant=record.grant,
+            receipts=receipts,
             tickets=state,
             beliefs=beliefs,
             witness=witness,

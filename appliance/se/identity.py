@@ -24,9 +24,8 @@ from appliance.paths import Paths
 from appliance.pki.identity import Identity
 from appliance.pki.ssh_keys import parse_public
 from appliance.protocol import seed as protocol
-from appliance.protocol import strict_json
 from appliance.protocol.enroll import Grant
-from appliance.protocol.trust import Envelope, Receipt
+from appliance.protocol.trust import Envelope
 from appliance.protocol.tunnel import ImageKeyCopies
 from appliance.runtime import log
 from appliance.storage.atomic import make_dir, read_limited, remove_durably, set_aside, write_atomic
@@ -36,7 +35,6 @@ IMAGE_DIRECTORY = Path(protocol.IMAGE_DIRECTORY)
 """Below the root: where an image carries its seed."""
 
 _MAX_KEY_BYTES = 16 * 1024
-_MAX_RECEIPT_BYTES = 4 * 1024
 
 
 class IdentityRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -160,14 +158,6 @@ class SeState:
         self._record, self._identity = record, Identity.from_pkcs8(record.key.encode())
         self._tries_next = False
         self._log.info("this SE has a new key, %s", self._identity.thumbprint)
-
-    @property
-    def wants_receipt(self) -> bool:
-        """Whether the receipt at hand is for another key than this SE's."""
-        if self.grant is None:
-            return False
-        receipt = strict_json.decode(self.grant.receipt.body(), Receipt, max_bytes=_MAX_RECEIPT_BYTES)
-        return receipt.thumbprint != self.identity.thumbprint
 
     def save_receipt(self, receipt: Envelope) -> None:
         """Stores a verified receipt in place of the one that came with the grant. Raises `StorageError`."""

@@ -21,7 +21,6 @@ from typing import NamedTuple, Protocol
 from appliance import __version__
 from appliance.errors import ApplianceError, StorageError, TunnelError
 from appliance.pki.identity import Identity
-from appliance.pki.trust import verify_receipt
 from appliance.protocol import jws
 from appliance.protocol import tunnel as said
 from appliance.protocol.address import REVERSE_PORT
@@ -78,16 +77,29 @@ class KeyBook(Protocol):
         ...
 
     @property
-    def wants_receipt(self) -> bool:
-        """Whether the receipt at hand is for another key."""
-        ...
-
-    def save_receipt(self, receipt: Envelope) -> None:
-        """Stores it durably."""
+    def identity(self) -> Identity:
+        """The key that counts."""
         ...
 
     def key_refused(self) -> None:
         """The key was refused; where there are two, the other one is next."""
+        ...
+
+
+class ReceiptBook(Protocol):
+    """This SE's receipt (`se.receipt`)."""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether a new one is to be asked for."""
+        ...
+
+    def checked(self, envelope: Envelope | None, thumbprint: str) -> Envelope | None:
+        """A receipt, where it holds and is for that key."""
+        ...
+
+    def keep(self, envelope: Envelope | None) -> None:
+        """Stores one durably, where it holds."""
         ...
 
 
@@ -140,6 +152,7 @@ class Caller:
     """Whether that is the key which is to take the place of this SE's."""
     keys: KeyBook
     grant: Grant
+    receipts: ReceiptBook
     tickets: Tickets
     beliefs: Beliefs
     witness: AuditWitness
@@ -204,6 +217,9 @@ class Link:
         self._interval_s = caller.grant.heartbeat_interval_s
         self._until_telemetry = 0
         self._is_key_due = False
+        self._is_receipt_due = False
+        self._has_news = False
+        """Whether the last answer brought a trust document: the next one may bring another."""
         self.slot_s: float | None = None
         """When the gateway asked to come back, seconds after the end of `run`; None where it didn't."""
         self._protocol = said.PROTOCOL_NUMBER
@@ -290,6 +306,8 @@ class Link:
                 self._collect(api, guard)
                 if self._is_key_due and not api.outstanding:
                     self._rotate_key(api)
+                elif self._is_receipt_due and not api.outstanding:
+                    self._renew_receipt(api)
             if guard.is_leaving:
                 connection.say_goodbye()
             elif not guard.reason:
@@ -314,7 +332,7 @@ class Link:
             host_keys=caller.host_keys(),
             links=self._earlier_links,
             audit_heads=caller.witness.heads(node),
-            wants_receipt=caller.keys.wants_receipt,
+            wants_receipt=caller.receipts.is_due,
         )
         answer = api.call(said.HELLO_PATH, hello, said.HelloAnswer, timeout_s=LOGIN_DEADLINE_S)
         if answer.node != node:
@@ -353,9 +371,8 @@ class Link:
             caller.beliefs.accept(answer.trust)
         if answer.audit_head is not None:
             caller.witness.keep(answer.audit_head)
-        receipt = self._receipt_for(answer.receipt, caller.identity.thumbprint)
-        if receipt is not None:
-            caller.keys.save_receipt(receipt)
+        caller.receipts.keep(answer.receipt)
+        self._has_news = answer.trust is not None
         self._test_restrictions(connection)
 
     def _test_restrictions(self, connection: SshConnection) -> None:
@@ -367,19 +384,6 @@ class Link:
         self._log.error("%s", text, extra={"code": UNCONFINED, "node": self._node.number})
         hint = "anybody who copies this key could use it; check what answers as the gateway, and its version"
         self._caller.tell(Step.HELLO, StepResult.FAILED, text, UNCONFINED, hint)
-
-    def _receipt_for(self, envelope: Envelope | None, thumbprint: str) -> Envelope | None:
-        """Returns a receipt where it is for this SE with that key; without one, the next hello asks for it."""
-        if envelope is None:
-            return None
-        try:
-            current = self._caller.beliefs.current
-            receipt = verify_receipt(envelope, current.roots, current.revoked_node_keys)
-        except ApplianceError as error:
-            self._log.warning("the receipt for this SE's key is not kept: %s", error.message)
-            return None
-        is_ours = (receipt.se_id, receipt.thumbprint) == (self._caller.grant.se_id, thumbprint)
-        return envelope if is_ours else None
 
     def _tell_reverse(self, problem: str) -> None:
         result = StepResult.FAILED if problem else StepResult.OK
@@ -459,6 +463,9 @@ class Link:
         if pong.audit_head is not None:
             self._caller.witness.keep(pong.audit_head)
         self._is_key_due = pong.rotate_key and not self._caller.is_next_key
+        if self._has_news and pong.trust is None:
+            self._is_receipt_due = self._caller.receipts.is_due
+        self._has_news = pong.trust is not None
         if pong.trust is not None:
             try:
                 self._caller.beliefs.accept(pong.trust)
@@ -475,9 +482,20 @@ class Link:
         except StorageError as error:
             self._log.error("no new key, it could not be stored: %s", error.message)
             return
-        statement = said.rotation_statement(caller.grant.cluster_id, caller.grant.se_id, successor.public_line)
-        wish = said.RotateKey(se_key=successor.public_line, proof=jws.encode_part(successor.sign(statement)))
+        receipt = self._send_key(api, successor)
+        caller.keys.promote_key(caller.receipts.checked(receipt, successor.thumbprint))
+
+    def _renew_receipt(self, api: ChannelApi) -> None:
+        """Sends the key that counts already: the answer is its receipt as the controller signs it now."""
+        self._is_receipt_due = False
+        self._caller.receipts.keep(self._send_key(api, self._caller.keys.identity))
+
+    def _send_key(self, api: ChannelApi, key: Identity) -> Envelope | None:
+        """Has the controller take `key` as this SE's; returns its receipt."""
+        caller = self._caller
+        statement = said.rotation_statement(caller.grant.cluster_id, caller.grant.se_id, key.public_line)
+        wish = said.RotateKey(se_key=key.public_line, proof=jws.encode_part(key.sign(statement)))
         answer = api.call(said.ROTATE_PATH, wish, said.RotateAnswer, timeout_s=LOGIN_DEADLINE_S)
-        if answer.thumbprint != successor.thumbprint:
+        if answer.thumbprint != key.thumbprint:
             raise TunnelError(f"the controller took the key {answer.thumbprint}, which nobody sent", code="TUNNEL-036")
-        caller.keys.promote_key(self._receipt_for(answer.receipt, successor.thumbprint))
+        return answer.receipt

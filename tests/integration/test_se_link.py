@@ -27,6 +27,7 @@ from appliance.runtime.stop import StopToken
 from appliance.se import tunnel
 from appliance.se.believed import Beliefs
 from appliance.se.identity import SeState
+from appliance.se.receipt import Receipts
 from appliance.se.tunnel import Caller, Link
 from appliance.se.witness import Witness
 from appliance.settings import Se
@@ -80,6 +81,7 @@ class Stand:
             is_next_key=False,
             keys=self.state,
             grant=grant,
+            receipts=Receipts(self.state, self.beliefs),
             tickets=self.state,
             beliefs=self.beliefs,
             witness=Witness(self.state.directory / "witness.json", self.beliefs),

@@ -18,6 +18,7 @@ from appliance.protocol.trust import (
     EnvelopeSignature,
     TrustDocument,
     TrustNode,
+    outlasts,
     pre_authentication_encoding,
     replaces,
 )
@@ -40,6 +41,29 @@ def test_another_cluster_never_replaces() -> None:
     with pytest.raises(TrustError, match="cluster c-2, expected c-1") as caught:
         replaces(document(9, "c-2"), document(1))
     assert "controller address" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "expected"),
+    [
+        (["a"], ["a"], True),
+        (["a"], ["a", "b"], True),
+        (["a", "b"], ["b"], False),
+        (["a"], ["b"], False),
+    ],
+)
+def test_what_was_signed_outlasts_new_roots_and_no_root_that_is_gone(
+    before: list[str], now: list[str], expected: bool
+) -> None:
+    earlier, later = (msgspec.structs.replace(document(1), roots=roots) for roots in (before, now))
+    assert outlasts(earlier, later) is expected
+
+
+def test_what_was_signed_does_not_outlast_a_revocation() -> None:
+    earlier = msgspec.structs.replace(document(1), revoked_node_keys=["00"])
+    assert outlasts(earlier, msgspec.structs.replace(earlier, version=2))
+    assert not outlasts(earlier, msgspec.structs.replace(earlier, revoked_node_keys=["00", "11"]))
+    assert outlasts(earlier, document(2))
 
 
 def test_pre_authentication_encoding_is_that_of_the_dsse_specification() -> None:

@@ -34,7 +34,8 @@ def _show(context: CliContext, view: RotationView) -> None:
         some = ", ".join(view.waiting[:_SHOWN]) + (" …" if len(view.waiting) > _SHOWN else "")
         rows.append(("waiting", f"{output.count(len(view.waiting), 'SE')}: {some}" if view.waiting else "nobody"))
     if view.former_kept:
-        rows.append(("former root", "still signs trust documents, for SEs that were off; `forget` destroys its key"))
+        text = "still signs trust documents, for old agents that were off; `forget` destroys its key"
+        rows.append(("former root", text))
     output.fields(console, rows)
     if view.backup_due:
         when = "now: it will do before and after the change" if view.phase == "announced" else "now"
@@ -103,7 +104,7 @@ def rotation_group(kind: str, what: str) -> click.Group:
         @json_option
         @pass_context
         def forget(context: CliContext, reason: str) -> None:
-            """Destroys the former root's key: who was off since before the change needs a new seed then."""
+            """Destroys the former root's key. SEs that were off since before the change get in all the same."""
             _show(context, context.operator.rotate("ca", "forget", reason=reason))
 
     return group

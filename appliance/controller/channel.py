@@ -155,7 +155,7 @@ class ChannelApi:
         return record
 
     def _newer_trust(self, version: int) -> Envelope | None:
-        return self._trust.envelope if version < self._trust.version else None
+        return self._trust.following(version) if version < self._trust.version else None
 
     @_stored
     async def hello(self, request: Request, hello: Hello) -> HelloAnswer:
@@ -376,7 +376,8 @@ class ChannelApi:
 
     @_stored
     async def rotate_key(self, request: Request, wish: RotateKey) -> RotateAnswer:
-        """Puts the SE's new key in the old one's place; says the same again where its answer got lost."""
+        """Puts the SE's new key in the old one's place. Says the same again where its answer got lost, or a receipt of
+        before a change of root or issuing CA is to be replaced."""
         link: Link = request.state.link
         record = self._record(link)
         if link.quarantined or not link.confirmed:

@@ -43,6 +43,7 @@ from appliance.protocol.enroll import (
     Refusals,
 )
 from appliance.protocol.strict_json import MalformedError
+from appliance.protocol.trust import TRUST_PATH, TrustAnswer, TrustRequest
 from appliance.protocol.why import Step, StepResult
 
 _log = logging.getLogger(__name__)
@@ -113,6 +114,10 @@ class EnrollApi:
         return [
             Endpoint("POST", said.NONCE_PATH, self.nonce, "Get a nonce", {200: NonceAnswer}, errors=(400, 429)),
             Endpoint(
+                "POST", TRUST_PATH, self.trust, "Get the next trust document", {200: TrustAnswer}, TrustRequest,
+                errors=(429,),
+            ),
+            Endpoint(
                 "POST", said.ENROLL_PATH, self.enroll, "Enroll", {201: Grant, 202: Pending}, bytes, errors=errors
             ),
             Endpoint(
@@ -159,7 +164,7 @@ class EnrollApi:
                 request, Refusals.IMAGE_KEY_RATE, key.image_key_id, said_id=se_id, retry_after_s=math.ceil(wait_s)
             )
 
-    # The four requests.
+    # The five requests.
 
     async def nonce(self, request: Request, _body: None) -> Response:
         """A nonce and the controller's time."""
@@ -177,6 +182,11 @@ class EnrollApi:
         # In a header: an older agent refuses an answer with a field that it doesn't know.
         headers = {said.PROTOCOL_HEADER: str(tunnel.PROTOCOL_NUMBER)}
         return Response(strict_json.encode(answer), media_type=JSON, headers=headers)
+
+    async def trust(self, request: Request, wish: TrustRequest) -> TrustAnswer:
+        """What an SE that slept through changes of root needs to believe this controller: no secret, and unsigned."""
+        self._limit(request, Step.NONCE)
+        return TrustAnswer(trust=self._trust.following(wish.version))
 
     async def enroll(self, request: Request, raw: bytes) -> tuple[int, Grant | Pending]:
         """The one request that an image key may sign."""

@@ -7,10 +7,12 @@ node.pem/.key         this node's TLS certificate, followed by what leads from i
 ssh_host_ed25519_key  this node's SSH host key
 id_se                 the key that logs in to SEs over the reverse path
 trust.json            the newest trust document, in its envelope
+trust-<version>.json  the one that ended a change of root, for SEs that slept through it and a later one
 rotation.json         changes of roots and keys under way, see `rotation`; next-* and former-* are theirs
 switching.json        files being put in place, see `switching`; staged-* and gone-* are its own
 backup-due            empty; there since the root changed, until a backup was taken
-cross-ca.pem          the root's key, certified by the root before it: sent with the node certificate
+cross-ca.pem          the root's key, certified by the root before it, that one's by the one before, and so on: sent
+                      with the node certificate
 nonce.key             32 bytes that authenticate nonces
 bundles/<id>.json     bundles of image keys made at init, for image pipelines (0600)
 store.sqlite          the store
@@ -30,7 +32,7 @@ import msgspec
 from appliance.errors import StorageError, TrustError
 from appliance.pki import sealed, ssh_keys
 from appliance.pki.authority import Authority, CertificateTerms, IssuedKey, Issuer
-from appliance.pki.certificate import certificate_terms, first_of, is_issued_by
+from appliance.pki.certificate import all_of, certificate_terms, first_of, is_issued_by
 from appliance.pki.secret import Secret
 from appliance.pki.trust import verify_trust
 from appliance.protocol import strict_json
@@ -86,6 +88,10 @@ class Files:
         """Where the root's file `path` is kept after a change of root."""
         return path.with_name(f"former-{path.name}")
 
+    def succession(self, version: int) -> Path:
+        """Where the trust document of that version is kept, which ended a change of root."""
+        return self.state / f"trust-{version}.json"
+
     def successor(self, path: Path) -> Path:
         """Where the successor of `path` lies until it takes its place."""
         return path.with_name(f"next-{path.name}")
@@ -116,6 +122,19 @@ def _load(path: Path, decode: Callable[[bytes], T], *, max_bytes: int = MAX_FILE
 def _certificate(pem: bytes) -> bytes:
     certificate_terms(pem)
     return pem
+
+
+class Succession(NamedTuple):
+    """A trust document that ended a change of root."""
+
+    version: int
+    envelope: Envelope
+
+
+def _versioned(raw: bytes) -> Succession:
+    envelope = strict_json.decode(raw, Envelope, max_bytes=MAX_TRUST_BYTES)
+    document = strict_json.decode(envelope.body(), TrustDocument, max_bytes=MAX_TRUST_BYTES)
+    return Succession(document.version, envelope)
 
 
 def _nonce_key(raw: bytes) -> bytes:
@@ -176,6 +195,9 @@ class Material:
     def load_trust(self) -> None:
         """Loads the trust document in force. Raises `StorageError` where it is missing or damaged."""
         self.envelope, self.trust = _load(self.files.trust, self._verified, max_bytes=MAX_TRUST_BYTES)
+        kept = [_load(path, _versioned, max_bytes=MAX_TRUST_BYTES) for path in self.files.state.glob("trust-*.json")]
+        self.successions = sorted(kept, key=lambda entry: entry.version)
+        """The documents that ended changes of root, oldest first: each was signed by the root before it."""
 
     def load_authorities(self) -> None:
         """Loads the root, its predecessor and successor where there are such, and the issuing CA.
@@ -292,8 +314,8 @@ def issue_node_certificate(issuer: Issuer, files: Files, cluster: ClusterFile, *
     write_atomic(files.node_key, issued.key.reveal(), mode=0o600)
     chain = issued.certificate_pem + issuer.chain_pem
     if files.cross_certificate.exists():
-        # Who still trusts only the former root gets to this node by way of it.
-        chain += _load(files.cross_certificate, _certificate)
+        # Who still trusts only a former root gets to this node by way of it.
+        chain += b"".join(_load(files.cross_certificate, all_of))
     write_atomic(files.node_certificate, chain, mode=0o644)
 
 

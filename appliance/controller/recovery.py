@@ -267,7 +267,8 @@ class Recovery:
         some = ", ".join(sorted(self._strangers)[:5]) + (" …" if len(self._strangers) > 5 else "")
         return (
             f"the root CA was changed after this backup, as {some} showed: restore a backup that was taken after "
-            "`rotate-ca begin`; without one, these SEs need a new seed"
+            "`rotate-ca begin`; without one, each of these SEs needs a new seed and a rejoin token, on its console: "
+            "`appliance enroll --anew --seed PATH --token -`"
         )
 
     def problem(self) -> str:

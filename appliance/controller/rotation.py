@@ -12,8 +12,10 @@ All three sign trust documents, so the roots must be open (`Material.unlocked`) 
 power cut nobody asks for one: `resume_files` and `resume` finish a switch that began, and take back a change whose
 successor the trust document in force doesn't list (a `begin` that was cut before it, or an `abort` after it).
 
-After a change of root the former root's key stays for signing trust documents, for SEs that were off all the time,
-until `forget`.
+SEs that slept through any number of changes of root follow one by one. Of each change the node keeps what the root
+before it said last, and no key: the trust document that ended the change (`trust-<version>.json`), and the next root's
+key as that root certified it (`cross-ca.pem`). The former root's key stays until `forget`, for agents that don't ask
+for what they missed.
 """
 
 from __future__ import annotations
@@ -33,8 +35,10 @@ from appliance.controller.trust import Publication
 from appliance.errors import UsageError
 from appliance.pki import ssh_keys
 from appliance.pki.authority import Authority
+from appliance.pki.certificate import all_of
 from appliance.pki.secret import Secret
 from appliance.protocol.operator import RotationView
+from appliance.protocol.trust import MAX_ROOT_CHANGES, MAX_TRUST_BYTES
 from appliance.storage.atomic import read_limited, remove_durably, write_atomic
 from appliance.storage.document import Document
 
@@ -218,10 +222,13 @@ class Rotation:
     def _make_root(self, made: NextRoot) -> None:
         files, material = self._material.files, self._material
         self.forget()
-        crossed = material.authority.cross_sign(made.authority, now=int(self._wall()))
+        crossed = [material.authority.cross_sign(made.authority, now=int(self._wall()))]
+        if files.cross_certificate.exists():
+            # The way from each root before: no key of those is needed any more.
+            crossed += all_of(read_limited(files.cross_certificate, max_bytes=MAX_FILE_BYTES))
         write_atomic(files.successor(files.root_key), made.key_file.reveal(), mode=0o600)
         write_atomic(files.successor(files.root_certificate), made.authority.certificate_pem, mode=0o644)
-        write_atomic(files.successor(files.cross_certificate), crossed, mode=0o644)
+        write_atomic(files.successor(files.cross_certificate), b"".join(crossed[:MAX_ROOT_CHANGES]), mode=0o644)
         material.successor = made.authority
 
     def _listed(self, kind: Kind, *, current: bool, successor: bool) -> dict[str, Any]:
@@ -260,8 +267,14 @@ class Rotation:
         if kind is Kind.CA:
             keep = [(path, files.former(path)) for path in (files.root_key, files.root_certificate)]
             moves += self._stage_issuing()
-        self._publication.stage(**self._listed(kind, current=False, successor=True))
-        switching.switch(files.state, [*moves, (staged(files.trust), files.trust)], keep=keep)
+        version = self._publication.stage(**self._listed(kind, current=False, successor=True))
+        gone: list[Path] = []
+        if kind is Kind.CA:
+            kept = files.succession(version)
+            write_atomic(staged(kept), read_limited(staged(files.trust), max_bytes=MAX_TRUST_BYTES), mode=0o644)
+            moves.append((staged(kept), kept))
+            gone = [files.succession(entry.version) for entry in material.successions[: 1 - MAX_ROOT_CHANGES]]
+        switching.switch(files.state, [*moves, (staged(files.trust), files.trust)], keep=keep, gone=gone)
         material.load_authorities()
         self._publication.reload()
         if kind is Kind.CA:
@@ -305,7 +318,7 @@ class Rotation:
         self._save(kind, None)
 
     def forget(self) -> None:
-        """Destroys the former root's key: SEs that were off since before the change of root need a new seed then."""
+        """Destroys the former root's key; what it said of its successor stays."""
         files = self._material.files
         for path in (files.root_key, files.root_certificate):
             destroy(files.former(path))

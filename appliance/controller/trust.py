@@ -1,7 +1,8 @@
 """The trust document in force: what SEs with an older one are sent, and how a new version comes about.
 
 A new version is signed, stored durably, and only then handed out: with grants, refreshes, hellos and heartbeats.
-While a former root's key is kept it signs too, so that an SE which slept through a change of root can still follow.
+While a former root's key is kept it signs too, for agents that don't ask for what they missed; who does, gets the
+documents that ended changes of root one by one (`following`).
 Only roots sign it; where they have a passphrase, they must be open.
 """
 
@@ -46,12 +47,19 @@ class Publication:
         """Its version."""
         return self._material.trust.version
 
-    def _signed(self, at_least: int, changes: dict[str, Any]) -> bytes:
+    def following(self, version: int) -> Envelope:
+        """The document for an SE that has `version`: the one in force, or, where it slept through changes of root, the
+        one that ended the next of them, which a root that it knows signed."""
+        missed = (entry.envelope for entry in self._material.successions if entry.version > version)
+        return next(missed, self.envelope)
+
+    def _signed(self, at_least: int, changes: dict[str, Any]) -> tuple[int, bytes]:
         document = msgspec.structs.replace(
             self._material.trust, version=max(self.version + 1, at_least), signed_at=int(self._wall()), **changes
         )
         body = strict_json.encode(document)
-        return strict_json.encode(combine([authority.sign(TRUST_TYPE, body) for authority in self._material.signers]))
+        signed = combine([authority.sign(TRUST_TYPE, body) for authority in self._material.signers])
+        return document.version, strict_json.encode(signed)
 
     def publish(self, *, at_least: int = 0, **changes: Any) -> TrustDocument:
         """Puts a new version with `changes` (fields of `TrustDocument`) in force; none are needed where nothing
@@ -64,16 +72,19 @@ class Publication:
         material = self._material
         if all(getattr(material.trust, name) == value for name, value in changes.items()):
             return material.trust
-        write_atomic(material.files.trust, self._signed(at_least, changes), mode=0o644)
+        write_atomic(material.files.trust, self._signed(at_least, changes)[1], mode=0o644)
         return self.reload()
 
-    def stage(self, **changes: Any) -> None:
+    def stage(self, **changes: Any) -> int:
         """Writes what `publish` would put in force beside it, to be switched with other files; then call `reload`.
+        Returns its version.
 
         Raises:
             PassphraseError, StorageError: as `publish`.
         """
-        write_atomic(staged(self._material.files.trust), self._signed(0, changes), mode=0o644)
+        version, signed = self._signed(0, changes)
+        write_atomic(staged(self._material.files.trust), signed, mode=0o644)
+        return version
 
     def reload(self) -> TrustDocument:
         """Puts the document on disk in force. Raises `StorageError`."""

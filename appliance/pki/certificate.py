@@ -28,6 +28,11 @@ URI_SCHEME: Final = "appliance://"
 CLUSTER_ID: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,53}")
 """Lower case, since a URI's host has no case; at most 54 characters, since a common name holds 64."""
 
+SET_BACK: Final = (
+    "if the controller was restored from before a change of root, here: `appliance enroll --anew --seed PATH --token -`"
+)
+"""What to do where the SE alone knows a root that was changed to (docs/backup.md)."""
+
 _URI: Final = re.compile(rf"{URI_SCHEME}(?P<cluster>{CLUSTER_ID.pattern})(/node/(?P<node>[1-9][0-9]{{0,4}}))?")
 
 
@@ -80,6 +85,15 @@ def first_of(chain_pem: bytes) -> bytes:
     leaf, found, _ = chain_pem.partition(end)
     load_pem(leaf + found)
     return leaf + found
+
+
+def all_of(chain_pem: bytes) -> list[bytes]:
+    """Returns the PEM certificates in a text, one each, in its order. Raises `TrustError`: one can't be read."""
+    begin = b"-----BEGIN CERTIFICATE-----"
+    found = [begin + part for part in chain_pem.split(begin)[1:]]
+    for pem in found:
+        load_pem(pem)
+    return found
 
 
 def load_der(der: bytes) -> x509.Certificate:

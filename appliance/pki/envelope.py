@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from appliance.errors import TrustError
-from appliance.pki.certificate import certificate_terms, is_issued_by, key_id, key_of, load_pem
+from appliance.pki.certificate import SET_BACK, certificate_terms, is_issued_by, key_id, key_of, load_pem
 from appliance.protocol.trust import Envelope, EnvelopeSignature, pre_authentication_encoding
 
 MAX_SIGNATURES: Final = 8
@@ -81,7 +81,8 @@ def verify_envelope(
     known = [entry for entry in envelope.signatures if entry.keyid in keys]
     if not known:
         raise TrustError(
-            "the envelope isn't signed by a root this side trusts", hint="it comes from another cluster, or is forged"
+            "the envelope isn't signed by a root this side trusts",
+            hint=f"it comes from another cluster, or is forged; {SET_BACK}",
         )
     if not any(_is_signed(keys[entry.keyid], entry.sig, message) for entry in known):
         raise TrustError("the envelope's signature does not verify", hint="its content was changed on the way")

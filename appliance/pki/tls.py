@@ -5,8 +5,8 @@ An SE decides in three steps, because a fresh VM may think it is 1970 or 2099:
     1. handshake with `client_context`: the chain ends in a trusted root, signatures, path lengths and usages are
        right; neither clock nor address is looked at (NAT changes addresses)
     2. `check_peer`: the leaf is a node of this cluster, for serverAuth, and not revoked; between it and the root
-       stand at most an issuing CA of this cluster that is not revoked, and the key of the next root as the trusted
-       one certified it
+       stand at most an issuing CA of this cluster that is not revoked, and the keys of later roots, each as the root
+       before it certified it
     3. `check_validity` of `peer_chain`, once the caller knows a time it may believe
 
 Skipping the second or third step isn't this module's to notice; `se.enroll` is the only caller.
@@ -23,7 +23,8 @@ from typing import Final, NoReturn
 from cryptography.hazmat.primitives import serialization
 
 from appliance.errors import StorageError, TrustError
-from appliance.pki.certificate import CertificateTerms, load_der, load_pem, moment, terms_of
+from appliance.pki.certificate import SET_BACK, CertificateTerms, load_der, load_pem, moment, terms_of
+from appliance.protocol.trust import MAX_ROOT_CHANGES
 
 _NO_CHECK_TIME: Final = ssl.VerifyFlags(0x200000)
 """X509_V_FLAG_NO_CHECK_TIME (OpenSSL, X509_VERIFY_PARAM_set_flags(3)); Python has no name for it."""
@@ -173,7 +174,8 @@ def _check_between(between_der: Sequence[bytes], cluster_id: str, revoked_keys: 
     """Checks what stands between leaf and root; OpenSSL has looked at signatures and path lengths.
 
     A self-issued certificate doesn't count against a path length (RFC 5280, section 4.2.1.9), so an issuing CA could
-    certify another of its own name: it is taken at the root's side alone, where only the root can have signed it.
+    certify another of its own name. Such are taken at the root's side alone, without a gap: there each was signed by
+    the root, or by a root that the one before it certified.
     """
     between = [terms_of(load_der(der)) for der in between_der]
     for terms in between:
@@ -190,7 +192,17 @@ def _check_between(between_der: Sequence[bytes], cluster_id: str, revoked_keys: 
                 hint="on the controller: `appliance controller issuing-ca renew`",
                 code=CODE_REVOKED,
             )
-    issuing = between[:-1] if between and between[-1].is_self_issued else between
+    issuing, later = list(between), 0
+    while issuing and issuing[-1].is_self_issued:
+        issuing.pop()
+        later += 1
+    if later > MAX_ROOT_CHANGES:
+        raise TrustError(
+            f"the controller's root lies {later} changes of root after the newest one that this SE knows, "
+            f"at most {MAX_ROOT_CHANGES} are followed",
+            hint="give this SE a new seed and a rejoin token: `appliance enroll --anew --seed PATH --token -`",
+            code=CODE_WRONG_ROOT,
+        )
     if len(issuing) > 1 or any(terms.is_self_issued or terms.path_length != 0 for terms in issuing):
         raise TrustError(
             "the controller's certificate chain is none that a cluster makes: at most one issuing CA (path length 0) "
@@ -198,6 +210,11 @@ def _check_between(between_der: Sequence[bytes], cluster_id: str, revoked_keys: 
             hint="issue the node's certificate from the root or its issuing CA",
             code=CODE_WRONG_ROOT,
         )
+
+
+def is_of_later_root(chain_der: Sequence[bytes]) -> bool:
+    """Whether a verified chain ends in a root that was replaced since: its issuer is a later root, certified by it."""
+    return any(terms_of(load_der(der)).is_self_issued for der in chain_der[1:-1])
 
 
 def check_validity(chain_der: Sequence[bytes], *, now: float) -> None:
@@ -231,7 +248,8 @@ def explain(error: ssl.SSLCertVerificationError) -> TrustError:
     if error.verify_code in _UNKNOWN_ISSUER:
         return TrustError(
             "the controller's certificate isn't signed by a root CA this SE trusts",
-            hint="wrong controller address, something in between that opens TLS, or a seed of another cluster",
+            hint="wrong controller address, something in between that opens TLS, or a seed of another cluster; "
+            f"{SET_BACK}",
             code=CODE_WRONG_ROOT,
         )
     if error.verify_code in _PATH_LENGTH:

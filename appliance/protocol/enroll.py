@@ -1,6 +1,7 @@
 """Stage enroll: what an SE says on HTTPS 8443, and the table that decides the answer.
 
     POST /v1/enroll/nonce     NonceAnswer
+    POST /v1/enroll/trust     see `protocol.trust`
     POST /v1/enroll           JWS (image key, SE key) over EnrollRequest -> 201 Grant | 202 Pending | Problem
     POST /v1/enroll/refresh   JWS (SE key) over RefreshRequest           -> 200 Grant | 202 Pending | Problem
     POST /v1/enroll/rejoin    JWS (SE's new key) over EnrollRequest      -> 201 Grant | Problem

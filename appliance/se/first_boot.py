@@ -24,10 +24,26 @@ from appliance.protocol import enroll as said
 from appliance.protocol import strict_json, tunnel
 from appliance.protocol import token as tokens
 from appliance.protocol.address import se_address
-from appliance.protocol.enroll import Claim, EnrollRequest, Grant, NonceAnswer, Pending, RefreshRequest, Refusals
+from appliance.protocol.enroll import (
+    Claim,
+    EnrollRequest,
+    Grant,
+    NonceAnswer,
+    Pending,
+    RefreshRequest,
+    Refusals,
+)
 from appliance.protocol.problem import Problem
 from appliance.protocol.seed import Hints
-from appliance.protocol.trust import MAX_TRUST_BYTES, Envelope, TrustDocument
+from appliance.protocol.trust import (
+    MAX_ROOT_CHANGES,
+    MAX_TRUST_BYTES,
+    TRUST_PATH,
+    Envelope,
+    TrustAnswer,
+    TrustDocument,
+    TrustRequest,
+)
 from appliance.protocol.why import Step, StepResult
 from appliance.runtime import host, log
 from appliance.runtime.backoff import Backoff
@@ -37,7 +53,7 @@ from appliance.se import enroll, seed
 from appliance.se.believed import Beliefs
 from appliance.se.enroll import Awaiting, Done, Event, Failed, Phase, Progress, Refused
 from appliance.se.given import LOOK_S, GivenFile
-from appliance.se.https import MAX_ANSWER_BYTES, Answer, Conversation, believed_time
+from appliance.se.https import JSON, MAX_ANSWER_BYTES, Answer, Conversation, believed_time
 from appliance.se.identity import SeState, host_keys
 from appliance.settings import Se
 
@@ -90,9 +106,9 @@ class Enrollment:
         self._seed: seed.LoadedSeed | None = None
         self._given = GivenFile(paths.se_state)
         self._token = ""
+        """For ENROLL or REJOIN, whichever it is good for."""
         self._protocol = 1
         """What this conversation's controller and this agent both speak."""
-        """For ENROLL or REJOIN, whichever it is good for."""
         self._rejoin = ""
         """The se_id that a rejoin token names."""
         self._image_key: Identity | None = None
@@ -270,15 +286,11 @@ class Enrollment:
             raise EnrollError("no address of a controller is known", hint="bake the seed with one", code="ENROLL-031")
         address = addresses[self._turn % len(addresses)]
         self._turn += 1
-        conversation = self._open.enter_context(
-            Conversation(
-                address,
-                trust=self._beliefs.current,
-                clock=self._clock,
-                connect_timeout_s=self._settings.connect_timeout_s,
-                stop=stop,
-            )
-        )
+        conversation = self._converse(address, stop)
+        if conversation.is_of_later_root and self._catch_up(conversation):
+            # What it believes from now on may revoke what this connection was verified by.
+            self._hang_up()
+            conversation = self._converse(address, stop)
         self._tell(Step.TLS, StepResult.OK, f"node {conversation.peer.node} at {address}", "", "")
         self._conversation = conversation
         answer = conversation.post(said.NONCE_PATH, b"", attempt_id=self._state.require().attempt_id)
@@ -301,6 +313,36 @@ class Enrollment:
             self._log.warning("this machine's clock is off by %+.0f s from the controller's", skew_s)
         self._tell(Step.NONCE, StepResult.OK, f"from {address}, clock skew {skew_s:+.0f} s", "", "")
         return Done(nonce=given.nonce)
+
+    def _converse(self, address: str, stop: StopToken) -> Conversation:
+        return self._open.enter_context(
+            Conversation(
+                address,
+                trust=self._beliefs.current,
+                clock=self._clock,
+                connect_timeout_s=self._settings.connect_timeout_s,
+                stop=stop,
+            )
+        )
+
+    def _catch_up(self, conversation: Conversation) -> bool:
+        """Follows changes of root that this SE slept through, one by one: each document is signed by a root of the one
+        before it, and stored before the next is asked for. Returns whether there were any.
+
+        Raises:
+            TrustError, MalformedError: a document that doesn't hold; those before it stay in force.
+        """
+        before = self._beliefs.version
+        for _ in range(MAX_ROOT_CHANGES + 1):
+            wish = strict_json.encode(TrustRequest(version=self._beliefs.version))
+            attempt_id = self._state.require().attempt_id
+            answer = conversation.post(TRUST_PATH, wish, attempt_id=attempt_id, media_type=JSON)
+            if answer.status != 200:
+                break  # an older controller: who missed one change alone gets on without
+            following = strict_json.decode(answer.body, TrustAnswer, max_bytes=MAX_ANSWER_BYTES)
+            if not self._beliefs.accept(following.trust):
+                break
+        return self._beliefs.version != before
 
     def _enroll_request(self, nonce: str) -> EnrollRequest:
         record, loaded = self._state.require(), self._seed

@@ -31,6 +31,7 @@ from appliance.se.wire import connect
 
 MAX_ANSWER_BYTES = 768 * 1024
 """A grant carries a trust document of up to 256 KiB in base64, and a receipt."""
+JSON, JOSE = "application/json", "application/jose+json"
 REQUEST_DEADLINE_S = 15.0
 MAX_RETRY_AFTER_S = 3600.0
 """No controller parks an SE for longer."""
@@ -178,11 +179,16 @@ class Conversation:
         self._http.sock = self._timed  # the part of a socket that http.client uses
         return peer
 
+    @property
+    def is_of_later_root(self) -> bool:
+        """Whether the controller's root is a later one than this SE knows (`pki.tls`)."""
+        return tls.is_of_later_root(self._chain)
+
     def check_time(self, now: float) -> None:
         """Checks the peer's certificates against `now`, seconds since 1970. Raises `TrustError`."""
         tls.check_validity(self._chain, now=now)
 
-    def post(self, path: str, body: bytes, *, attempt_id: str) -> Answer:
+    def post(self, path: str, body: bytes, *, attempt_id: str, media_type: str = JOSE) -> Answer:
         """Sends one request and returns its answer, whatever its status.
 
         Raises:
@@ -192,7 +198,7 @@ class Conversation:
             raise UnreachableError("the connection is closed")
         self._timed.begin(REQUEST_DEADLINE_S, MAX_ANSWER_BYTES)
         headers = {
-            "content-type": "application/jose+json" if body else "application/json",
+            "content-type": media_type if body else JSON,
             ATTEMPT_HEADER: attempt_id,
             PROTOCOL_HEADER: str(tunnel.PROTOCOL_NUMBER),
         }

@@ -27,7 +27,7 @@ import msgspec
 from appliance.paths import Paths
 from appliance.pki import image_key, ssh_keys, tls
 from appliance.pki import jws as signatures
-from appliance.pki.authority import Authority
+from appliance.pki.authority import Authority, Issuer
 from appliance.protocol import enroll, jws, strict_json, tunnel
 from appliance.protocol.address import se_address
 from appliance.protocol.enroll import EnrollRequest, Grant, NonceAnswer, RefreshRequest, Refusals
@@ -69,8 +69,8 @@ class Cluster:
         self.version = 1
         self.signed_at = now
 
-    def trust(self, **changes: Any) -> Envelope:
-        """The signed trust document as things stand, with `changes`."""
+    def trust(self, by: Issuer | None = None, **changes: Any) -> Envelope:
+        """The signed trust document as things stand, with `changes`; signed by the root unless `by` says who."""
         node = TrustNode(number=1, enroll=self.enroll, ssh=self.ssh, host_keys=[self.host_line])
         terms: dict[str, Any] = {
             "cluster_id": self.cluster_id,
@@ -81,7 +81,7 @@ class Cluster:
             "nodes": [node],
             "login_keys": [self.login_line],
         }
-        return self.authority.sign(TRUST_TYPE, strict_json.encode(TrustDocument(**{**terms, **changes})))
+        return (by or self.authority).sign(TRUST_TYPE, strict_json.encode(TrustDocument(**{**terms, **changes})))
 
     def grant(self, se_id: str, se_key: str, number: int = 1) -> Grant:
         """A grant for an SE."""

@@ -32,10 +32,19 @@ from appliance.errors import (
 from appliance.pki import sealed, tls
 from appliance.pki.authority import Authority
 from appliance.pki.secret import Secret
-from appliance.protocol.trust import Envelope, TrustDocument
+from appliance.pki.trust import verify_trust
+from appliance.protocol import strict_json
+from appliance.protocol.trust import (
+    MAX_TRUST_BYTES,
+    TRUST_PATH,
+    Envelope,
+    TrustAnswer,
+    TrustDocument,
+    TrustRequest,
+)
 from appliance.runtime.clock import SystemClock
 from appliance.runtime.stop import StopToken
-from appliance.se.https import Conversation
+from appliance.se.https import JSON, MAX_ANSWER_BYTES, Conversation
 
 
 def root_of(controller: RunningController) -> str:
@@ -116,11 +125,82 @@ def test_an_se_that_slept_through_a_change_of_root_follows_and_old_images_still_
                 late = stand.se(old_bundle, "old-image")
                 await late.enroll()
                 await late.link()
-                # Once the former root is forgotten, documents are no longer signed for who knows only that one.
+                # Once the former root is forgotten, documents are no longer signed for who knows only that one: an
+                # agent that doesn't ask for what it missed is refused, and one that asks is not.
                 assert operator.rotate("ca", "forget").former_kept is False
                 operator.rotate("login-key", "begin")
+                late = stand.se(old_bundle, "late")
                 with pytest.raises(TrustError, match="isn't signed by a root"):
-                    await stand.se(old_bundle, "too-late").enroll()
+                    await late.enroll()
+                late.trust = caught_up(controller, document_of(old_bundle.trust))
+                await late.refresh()
+                await late.link()
+
+        asyncio.run(go())
+
+
+def document_of(envelope: Envelope) -> TrustDocument:
+    return strict_json.decode(envelope.body(), TrustDocument, max_bytes=MAX_TRUST_BYTES)
+
+
+def caught_up(controller: RunningController, document: TrustDocument, *, steps: int | None = None) -> TrustDocument:
+    """What an SE with `document` believes once it asked for what it missed; each step is verified as an SE does."""
+    taken = 0
+    while True:
+        with Conversation(
+            f"127.0.0.1:{controller.enroll_port}", trust=document, clock=SystemClock(), connect_timeout_s=5.0,
+            stop=StopToken(),
+        ) as there:  # fmt: skip
+            wish = strict_json.encode(TrustRequest(version=document.version))
+            answer = there.post(TRUST_PATH, wish, attempt_id="0" * 16, media_type=JSON)
+        assert answer.status == 200, answer
+        given = strict_json.decode(answer.body, TrustAnswer, max_bytes=MAX_ANSWER_BYTES)
+        following = verify_trust(given.trust, anchors=document.roots, current=document)
+        if following.version <= document.version:
+            assert steps in {None, taken}
+            return document
+        document, taken = following, taken + 1
+
+
+def change_root(controller: RunningController) -> None:
+    controller.operator.rotate("ca", "begin")
+    controller.operator.rotate("ca", "finish", force=True)
+
+
+def test_any_number_of_changes_of_root_is_followed_one_by_one(tmp_path: Path) -> None:
+    """By the documents that ended the changes, each signed by the root before it; over HTTPS, or over a link that is
+    there, since the host key is the same. No root's key is kept for it."""
+    with running(tmp_path / "root") as controller:
+        operator, state = controller.operator, controller.paths.controller_state
+        first = document_of(controller.bundle.trust)
+
+        async def go() -> None:
+            async with machine() as stand:
+                se = await linked(stand, controller, "asleep")
+                se.close()
+                for _ in range(3):
+                    change_root(controller)
+                operator.rotate("ca", "forget")
+                operator.rotate("login-key", "begin")
+                # A power cut takes none of it away.
+                controller.kill()
+                controller.start()
+                assert sorted(path.name for path in state.glob("*root-ca.key")) == ["root-ca.key"]
+                newest = caught_up(controller, first, steps=4)
+                assert newest.version == operator.controller().trust_version
+                assert len(newest.login_keys) == 2
+                # From the middle of it, and from the end.
+                caught_up(controller, newest, steps=0)
+                # The same on a link: what comes with hello and heartbeats can be verified at each step.
+                hello = await se.link()
+                se.follow(hello.trust)
+                seen = [se.trust.version]
+                while se.trust.version < newest.version:
+                    await se.beat()
+                    seen.append(se.trust.version)
+                assert len(seen) == 4
+                assert se.trust == newest
+                await se.refresh()
 
         asyncio.run(go())
 

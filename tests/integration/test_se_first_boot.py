@@ -30,8 +30,11 @@ from se_stand import (
     until,
 )
 
+from appliance.pki.authority import Authority, Issuer
+from appliance.protocol import strict_json
 from appliance.protocol.enroll import ENROLL_PATH, NONCE_PATH, REFRESH_PATH, NonceAnswer, Pending, Refusals
 from appliance.protocol.token import compose
+from appliance.protocol.trust import TRUST_PATH, TrustAnswer, TrustRequest
 from appliance.protocol.why import Step, StepResult
 
 DAY_S = 86_400
@@ -155,6 +158,55 @@ def test_a_wrong_root_is_refused_before_any_request(cluster: Cluster, door: Enro
     se.start()
     assert "isn't signed by a root CA this SE trusts" in until(failed(se, Step.TLS), what="the wrong root is told")
     assert door.asked == []
+
+
+def test_what_leads_to_a_later_root_is_verified_step_by_step(cluster: Cluster, se: Se) -> None:
+    """The root was changed twice while the image lay there. Each document on the way must be signed by a root of the
+    one before it; a root that only the TLS chain leads to signs nothing that counts yet."""
+    first, stranger = cluster.authority, Authority.create(cluster.cluster_id, now=NOW)
+    second, third = (Authority.create(cluster.cluster_id, now=NOW) for _ in range(2))
+    issued = first.issue_issuing(now=NOW)
+    issuing = Issuer.load(issued.certificate_pem, issued.key.reveal())
+    node = third.issue_node(node=1, addresses=["127.0.0.1"], now=NOW)
+    crossed = second.cross_sign(third, now=NOW) + first.cross_sign(second, now=NOW)
+    cluster.certificate.write_bytes(node.certificate_pem + crossed)
+    cluster.key.write_bytes(node.key.reveal())
+    answers: dict[int, TrustAnswer] = {}
+    asked: list[int] = []
+
+    def trust(body: bytes) -> tuple[int, TrustAnswer]:
+        version = strict_json.decode(body, TrustRequest, max_bytes=1000).version
+        asked.append(version)
+        return 200, answers[version]
+
+    def signed(by: Issuer, version: int, root: Authority) -> TrustAnswer:
+        return TrustAnswer(trust=cluster.trust(by=by, version=version, roots=[root.certificate_pem.decode()]))
+
+    with enroll_door(cluster) as door, gateway(cluster) as found:
+        cluster.enroll, cluster.ssh = [door.address], [found.address]
+        cluster.write_seed(se.seed, controllers=[door.address])
+        door.answers[TRUST_PATH] = trust
+        good = {1: signed(first, 5, second), 5: signed(second, 9, third), 9: signed(third, 9, third)}
+        bad = {
+            "the next root alone": {1: signed(second, 5, second)},
+            "the last root": {1: signed(third, 9, third)},
+            "a stranger": {1: signed(stranger, 5, stranger)},
+            "an issuing CA": {1: signed(issuing, 5, second)},
+            "a root that counts no more": {1: good[1], 5: signed(first, 9, third)},
+        }
+        for name, wrong in bad.items():
+            answers.clear()
+            answers.update(wrong)
+            asked.clear()
+            if se.process is None:
+                se.start()
+            until(lambda: len(asked) > 2, what=f"it asks again after a document by {name}")
+            assert "isn't signed by a root" in until(failed(se, Step.TLS), what="it tells why")
+        assert set(door.asked) == {TRUST_PATH}
+        answers.update(good)
+        cluster.authority, cluster.root_pem, cluster.version = third, third.certificate_pem.decode(), 9
+        se.until_up()
+        assert len(door.requests) == 1
 
 
 def test_the_right_root_of_another_cluster_is_refused(cluster: Cluster, se: Se) -> None:

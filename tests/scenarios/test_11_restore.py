@@ -18,6 +18,9 @@ from rig import until
 from appliance.controller import backup
 from appliance.pki.secret import Secret
 from appliance.protocol.operator import TokenWish
+from appliance.protocol.why import Step
+from image_builder import output
+from image_builder import seed as baking
 
 PASSPHRASE = "correct horse battery staple"
 QUICK_REFRESH = {"refresh_after_s": 1.0}
@@ -288,3 +291,61 @@ def test_a_backup_from_before_a_change_of_root_is_told_to_be_too_old(tmp_path: P
             what="it says which trust document the fleet has seen", deadline_s=90,
         )  # fmt: skip
         assert any("rotate-ca begin" in text for text in operator.recovery().warnings)
+
+        # There is no other backup: a person at the SE's console gives it the restored controller's word, and its place.
+        number = operator.se("se-1").summary.number
+        until(lambda: "isn't signed by a root" in se.failed(Step.LINK), what="the SE says what it refuses")
+        assert "--anew --seed" in " ".join(link.hint for link in se.why().steps)
+        bundle, disk = tmp_path / "bundle.json", tmp_path / "disk"
+        at.controller.command("image-key", "create", "--out", str(bundle))
+        now = int(time.time())
+        baked = baking.bake(bundle.read_bytes(), baking.Wishes(), baked_at=now, now=now)
+        output.place(baked.files, directory=disk, iso=None, iso_content=b"")
+        token = at.controller.command("token", "create", "--rejoin", "se-1").stdout
+        given = typed(se, token, "enroll", "--anew", "--seed", str(disk), "--token", "-", "--wait", "30")
+        assert given.returncode == 0, given.stdout + given.stderr
+        at.until_up(se, deadline_s=60)
+        assert operator.se("se-1").summary.number == number
+
+
+def typed(se: RealSe, text: str, *args: str) -> subprocess.CompletedProcess[str]:
+    """A command on an SE's console, with what is typed there."""
+    line = [sys.executable, "-m", "appliance", "--root", str(se.paths.root), *args]
+    return subprocess.run(line, input=text, capture_output=True, text=True, timeout=90, check=False)
+
+
+# --------------------------------------------------------------------------------- receipts of who counts no more
+
+
+def test_a_receipt_outlives_the_issuing_ca_that_signed_it(tmp_path: Path) -> None:
+    """An SE that the backup doesn't know came by a receipt of an issuing CA that was revoked later: it took a new one,
+    on the link that it had. So the restored controller, which must revoke that CA once more, finds it all the same."""
+    with site(tmp_path / "s") as at:
+        out, operator = tmp_path / "controller.backup", at.controller.operator
+        operator.set_passphrase(ROOT_WORD, reason="")
+        take_backup(at, out)
+        se = at.se("newer", settings=QUICK_REFRESH).start()
+        at.until_up(se, deadline_s=90)
+        number, first = operator.se("newer").summary.number, receipt_of(se)
+        operator.renew_issuing(ROOT_WORD, revoke=True, reason="stolen")
+        until(lambda: receipt_of(se) != first, what="the SE takes another receipt", deadline_s=60)
+        assert se.logged().count("linked -> up") == 1, "the link lived through it"
+        lose(at)
+        (tmp_path / "word").write_text(ROOT_WORD + "\n")
+        done = appliance(
+            at, "controller", "restore", str(out), "--date", "now", "--passphrase-file", "-",
+            "--root-passphrase-file", str(tmp_path / "word"),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        at.controller.start()
+        operator.renew_issuing(ROOT_WORD, revoke=True, reason="stolen")
+        until(lambda: operator.recovery().waiting == ["newer"], what="it shows its receipt", deadline_s=90)
+        operator.approve_receipts(reason="")
+        at.until_up(se, deadline_s=60)
+        assert operator.se("newer").summary.number == number
+
+
+def receipt_of(se: RealSe) -> dict[str, Any]:
+    """The receipt that an SE has stored."""
+    receipt: dict[str, Any] = se.stored("identity.json")["grant"]["receipt"]
+    return receipt

@@ -16,8 +16,11 @@ import pytest
 from lab_rig import Cable, RealSe, Site, site
 from rig import until
 
+from appliance.errors import TrustError
 from appliance.pki.identity import Identity
+from appliance.pki.trust import verify_receipt
 from appliance.protocol.operator import ImageKeyTermsWish
+from appliance.protocol.trust import Envelope
 from appliance.protocol.why import Step
 from appliance.se.identity import IdentityRecord
 from appliance.storage.document import Document
@@ -260,6 +263,45 @@ def test_an_se_sleeps_through_new_roots_nodes_keys_and_addresses(moving: Site, c
     at.until_up(se)
     assert standing(at, se) == before
     assert at.events("se.clone") == at.events("se.rolled-back") == []
+
+
+def test_ses_sleep_through_several_changes_of_root(moving: Site) -> None:
+    """Each was ended by force, and the keys of the former roots are gone. One SE has nothing but its link, one nothing
+    but the enroll port, since the host key is another one, too; and an image that was baked before all of it boots."""
+    at, operator = moving, moving.controller.operator
+    linking, asking = veteran(at), veteran(at)
+    before = standing(at, linking), standing(at, asking)
+    for se in (linking, asking):
+        se.stop()
+    old_image = at.se("old-image")
+    for _ in range(3):
+        change(at, "ca")
+    operator.rotate("ca", "forget")
+    at.enroll.unplug()
+    linking.start()
+    at.until_up(linking)
+    assert refreshes(linking) == 0
+    until(lambda: has_true_receipt(at, linking), what="its receipt is of a root that counts")
+    at.enroll.plug()
+    change(at, "host-key")
+    for se in (asking, old_image):
+        se.start()
+    for se in (linking, asking, old_image):
+        at.until_up(se)
+    assert (standing(at, linking), standing(at, asking)) == before
+    assert has_true_receipt(at, asking)
+    assert at.events("se.clone") == at.events("se.rolled-back") == []
+
+
+def has_true_receipt(at: Site, se: RealSe) -> bool:
+    """Whether the receipt that an SE would show to a restored controller was signed by the root in force alone."""
+    root = (at.controller.paths.controller_state / "root-ca.pem").read_text()
+    envelope = msgspec.convert(se.stored("identity.json")["grant"]["receipt"], Envelope)
+    try:
+        verify_receipt(envelope, [root])
+    except TrustError:
+        return False
+    return True
 
 
 # Older states of SEs.

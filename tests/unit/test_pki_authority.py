@@ -260,6 +260,14 @@ def test_a_node_or_a_stranger_is_no_issuing_ca() -> None:
         Issuer.load(made.certificate_pem, other.key.reveal())
 
 
+def test_all_of_a_chain() -> None:
+    pems = [AUTHORITY.certificate_pem, Authority.create("c-9", now=NOW).certificate_pem]
+    assert certificate.all_of(b"".join(pems)) == pems
+    assert certificate.all_of(b"") == []
+    with pytest.raises(TrustError, match="no PEM certificate"):
+        certificate.all_of(pems[0] + pems[1][:200])
+
+
 def test_the_first_of_a_chain() -> None:
     made = AUTHORITY.issue_issuing(now=NOW)
     assert certificate.first_of(made.certificate_pem + AUTHORITY.certificate_pem) == made.certificate_pem

@@ -17,6 +17,7 @@ from forgery import CLIENT_AUTH, DAY_S, NOW, Forged, forge, root_of
 from appliance.errors import StorageError, TrustError
 from appliance.pki import certificate, tls
 from appliance.pki.authority import Authority, Issuer, certificate_terms
+from appliance.protocol.trust import MAX_ROOT_CHANGES
 
 TIMEOUT_S = 10.0
 
@@ -36,8 +37,8 @@ def issued(directory: Path, authority: Authority = OURS, *, now: int = NOW) -> s
     return tls.server_context(*files(directory, node.certificate_pem, node.key.reveal()))
 
 
-def forged(directory: Path, leaf: Forged, *intermediates: Forged) -> ssl.SSLContext:
-    chain = b"".join(entry.pem for entry in (leaf, *intermediates))
+def forged(directory: Path, leaf: Forged, *intermediates: Forged, more: bytes = b"") -> ssl.SSLContext:
+    chain = b"".join(entry.pem for entry in (leaf, *intermediates)) + more
     return tls.server_context(*files(directory, chain, leaf.key_pem))
 
 
@@ -203,6 +204,64 @@ def test_who_knows_only_the_former_root_believes_the_next_ones_issuing_ca(tmp_pa
     assert len(chain) == 4
     assert check(*chain) == 1
     assert len(chain_of(server, successor.certificate_pem.decode())) == 3
+
+
+def generations(count: int) -> tuple[list[Authority], list[bytes]]:
+    """Roots, each certified by the one before it, and those certificates with the newest first, as a node sends them.
+
+    The first is OURS; there are `count` changes."""
+    roots, crossed = [OURS], []
+    for _ in range(count):
+        roots.append(Authority.create("c-1", now=NOW))
+        crossed.insert(0, roots[-2].cross_sign(roots[-1], now=NOW))
+    return roots, crossed
+
+
+@pytest.mark.parametrize("is_locked", [True, False])
+def test_who_knows_only_the_first_of_four_roots_believes_the_last_one(tmp_path: Path, is_locked: bool) -> None:
+    roots, crossed = generations(3)
+    if is_locked:
+        server = by_issuing(tmp_path, roots[-1], more=b"".join(crossed))
+    else:
+        node = roots[-1].issue_node(node=1, addresses=[], now=NOW)
+        server = tls.server_context(*files(tmp_path, node.certificate_pem + b"".join(crossed), node.key.reveal()))
+    for root, missed in zip(roots, (3, 2, 1, 0), strict=True):
+        chain = chain_of(server, root.certificate_pem.decode())
+        assert len(chain) == missed + (3 if is_locked else 2)
+        assert check(*chain) == 1
+        assert tls.is_of_later_root(chain) is (missed > 0)
+        tls.check_validity(chain, now=NOW)
+
+
+def test_later_roots_without_the_link_between_them_are_strangers(tmp_path: Path) -> None:
+    roots, crossed = generations(2)
+    assert refusal(by_issuing(tmp_path, roots[-1], more=crossed[0])).code == tls.CODE_WRONG_ROOT
+    assert refusal(by_issuing(tmp_path, roots[-1], more=crossed[1])).code == tls.CODE_WRONG_ROOT
+
+
+def test_an_issuing_ca_is_no_link_between_roots(tmp_path: Path) -> None:
+    """Below a former root an issuing CA may not certify one of the roots' own name, nor may a later root's."""
+    roots, crossed = generations(1)
+    for issuer, more in ((OURS, b""), (roots[-1], crossed[0])):
+        issuing = forge(root_of(issuer), name="issuing", uris=OF_CLUSTER, usages=None, ca=True, path_length=0)
+        twin = forge(issuing, name="issuing", uris=OF_CLUSTER, usages=None, ca=True, path_length=0)
+        chain = chain_of(forged(tmp_path, forge(twin), twin, issuing, more=more))
+        with pytest.raises(TrustError, match="at most one issuing CA") as caught:
+            check(*chain)
+        assert caught.value.code == tls.CODE_WRONG_ROOT
+        # One with a root's name is a CA of path length 0's own successor: OpenSSL counts it.
+        posing = forge(issuing, name="appliance c-1", uris=OF_CLUSTER, usages=None, ca=True, path_length=1)
+        assert refusal(forged(tmp_path, forge(posing), posing, issuing, more=more)).code == tls.CODE_WRONG_ROOT
+
+
+def test_more_changes_of_root_than_are_followed_are_refused(tmp_path: Path) -> None:
+    roots, crossed = generations(MAX_ROOT_CHANGES + 1)
+    node = roots[-1].issue_node(node=1, addresses=[], now=NOW)
+    server = tls.server_context(*files(tmp_path, node.certificate_pem + b"".join(crossed), node.key.reveal()))
+    with pytest.raises(TrustError, match=f"at most {MAX_ROOT_CHANGES} are followed") as caught:
+        check(*chain_of(server))
+    assert "--seed PATH" in caught.value.hint
+    assert check(*chain_of(server, roots[1].certificate_pem.decode())) == 1
 
 
 def test_two_intermediates_are_refused(tmp_path: Path) -> None:

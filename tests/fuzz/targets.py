@@ -54,7 +54,15 @@ from appliance.protocol import seed as seeds
 from appliance.protocol.image import MAX_CHARS, MAX_REPORT_BYTES, ImageReport, check_report
 from appliance.protocol.operator import AuditEntry
 from appliance.protocol.strict_json import MalformedError
-from appliance.protocol.trust import AUDIT_HEAD_TYPE, RECEIPT_TYPE, TRUST_TYPE, Envelope, TrustDocument
+from appliance.protocol.trust import (
+    AUDIT_HEAD_TYPE,
+    RECEIPT_TYPE,
+    TRUST_TYPE,
+    Envelope,
+    TrustAnswer,
+    TrustDocument,
+    TrustRequest,
+)
 from appliance.runtime.clock import SystemClock
 from appliance.runtime.health import read_health
 from appliance.runtime.mode import document_of
@@ -310,8 +318,14 @@ def _as_body(raw: bytes, kind: str, verify: Callable[[Envelope], Any]) -> Any:
 def run_trust(raw: bytes) -> bool:
     verify = functools.partial(verify_trust, anchors=good.anchors(), current=None)
     found = _as_envelope(raw, verify)
+    with contextlib.suppress(TrustError, MalformedError):
+        found = found or verify(strict_json.decode(raw, TrustAnswer, max_bytes=MAX_BYTES).trust)
     assert found is None or strict_json.encode(found) == good.trust_document(), "believed, and nobody signed it"
-    return found is not None or _as_body(raw, TRUST_TYPE, verify) is not None
+    if found is None and _as_body(raw, TRUST_TYPE, verify) is None:
+        with contextlib.suppress(MalformedError):
+            return strict_json.decode(raw, TrustRequest, max_bytes=MAX_BYTES) is not None
+        return False
+    return True
 
 
 def run_receipt(raw: bytes) -> bool:
@@ -332,6 +346,8 @@ def run_certificate(raw: bytes) -> bool:
     with contextlib.suppress(TrustError):
         verify_trust(good.envelope(), anchors=[raw.decode("latin-1")], current=None)
         read = True
+    with contextlib.suppress(TrustError):
+        certificate.all_of(raw)
     for load in (certificate.load_pem, certificate.load_der):
         try:
             certificate.terms_of(load(raw))
@@ -630,5 +646,11 @@ TARGETS: dict[str, Target] = {
     "token": Target(
         run_token, lambda: [token.compose(bytes(32)).encode(), token.compose(bytes(32), rejoin=good.SE_ID).encode()]
     ),
-    "trust": Target(run_trust, lambda: [good.trust_document(), strict_json.encode(good.envelope())]),
+    "trust": Target(
+        run_trust,
+        lambda: [
+            good.trust_document(), strict_json.encode(good.envelope()),
+            strict_json.encode(TrustAnswer(trust=good.envelope())), b'{"version":1}',
+        ],
+    ),
 }  # fmt: skip

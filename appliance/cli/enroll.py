@@ -35,7 +35,8 @@ def command(context: CliContext, seed: Path | None, token: str | None, anew: boo
     For an SE that lost its state: on the controller `appliance token create --rejoin SE`, here
     `appliance enroll --token -`. For one whose image key asks for a token: the same with a token for that key. For one
     that was deleted, or is to be another one: --anew with a seed that has a current image key. For one whose
-    controller moved: a seed with the new address.
+    controller moved: a seed with the new address. For one whose controller was restored from before a change of root:
+    --anew with a seed of that controller and a rejoin token, by which it keeps its number.
 
     A token is never taken from the command line, where everybody on this machine could read it.
     """

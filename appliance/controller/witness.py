@@ -108,7 +108,10 @@ class Witness:
         except ApplianceError:
             return False
         is_ours = (head.cluster_id, head.node) == (cluster.cluster_id, cluster.node)
-        return record is not None and is_ours and record.backup_epoch <= head.epoch < record.epoch
+        if record is None or not is_ours or not record.backup_epoch <= head.epoch < record.epoch:
+            return False
+        # An older one may be of a root that was replaced before the backup: its SE slept since.
+        return head.time >= record.backup_made_at
 
     async def _judge(self, head: AuditHead, by: str, source: str) -> None:
         entry = await self._audit.entry(head.sequence)

@@ -10,20 +10,26 @@ import msgspec
 import pytest
 from controller_parts import Book, book, request
 
-from appliance.controller import records
+from appliance.controller import material, records
 from appliance.controller.admission import Enrolled
+from appliance.controller.events import Events
+from appliance.controller.material import Files, Material
 from appliance.controller.recovery import RECOVERY, Recovery, RecoveryRecord
 from appliance.controller.store.port import Put
+from appliance.controller.witness import Witness
 from appliance.errors import UsageError
 from appliance.pki import ssh_keys
+from appliance.pki.authority import Authority
 from appliance.pki.identity import Identity
+from appliance.protocol import strict_json
 from appliance.protocol.address import MAX_SE_NUMBER
 from appliance.protocol.enroll import Claim, EnrollRequest, RefreshRequest, Refusals, SeStatus
 from appliance.protocol.receipt import SKIPPED_NUMBERS
 from appliance.protocol.standing import Act
-from appliance.protocol.trust import Envelope, Receipt
+from appliance.protocol.trust import AUDIT_HEAD_TYPE, AuditHead, Envelope, Receipt
 
 EPOCH = 2_000_000_000
+MADE_AT = 1_000
 NO_ENVELOPE = Envelope(payload="", payload_type="", signatures=[])
 
 
@@ -34,7 +40,7 @@ class Restored(Book):
 
     async def begin(self) -> None:
         record = RecoveryRecord(
-            epoch=EPOCH, began_at=1, backup_made_at=1, backup_epoch=1, numbers_known=self.known,
+            epoch=EPOCH, began_at=1, backup_made_at=MADE_AT, backup_epoch=1, numbers_known=self.known,
             numbers_from=self.known + SKIPPED_NUMBERS, tokens_withdrawn=2, audit_sequence=3,
         )  # fmt: skip
         writes = [Put(RECOVERY, records.encode(record)), Put(records.NUMBER_NEXT, str(record.numbers_from).encode())]
@@ -257,3 +263,26 @@ def test_records_from_before_this_stage_are_read(tmp_path: Path) -> None:
             assert records.decode(msgspec.json.encode(fields), records.SeRecord, "k") == record
 
     asyncio.run(go())
+
+
+@pytest.mark.parametrize(
+    ("time", "epoch", "told"),
+    [(MADE_AT, 1, True), (MADE_AT - 1, 1, False), (MADE_AT, EPOCH, False), (MADE_AT, 0, False)],
+    ids=["after the backup", "before the backup", "after the restore", "of an earlier life"],
+)
+def test_only_a_head_of_the_lost_time_tells_of_another_root(
+    run: Any, tmp_path: Path, time: int, epoch: int, told: bool
+) -> None:
+    """An SE that slept since a root before the backup's shows a head that nobody here can verify, too."""
+
+    async def work(at: Restored) -> None:
+        files = Files(tmp_path / "state")
+        material.create(files, cluster_id="c-1", addresses=["a"], enroll_port=8443, ssh_port=22, now=1_800_000_000)
+        events = Events(at.clock.now)
+        witness = Witness(Material(files), at.registry, at.recovery, events, wall=at.clock.now)
+        head = AuditHead(cluster_id="c-1", node=1, epoch=epoch, sequence=5, hash="0" * 64, time=time)
+        other = Authority.create("c-1", now=1_800_000_000).sign(AUDIT_HEAD_TYPE, strict_json.encode(head))
+        await witness.shown([other], by="se-1", source="192.0.2.9")
+        assert any("root CA was changed after this backup" in text for text in at.recovery.warnings()) is told
+
+    run(work)

@@ -76,7 +76,8 @@ def test_events_reach_hook_and_webhook_and_a_hanging_hook_delays_no_heartbeat(tm
                     await se.beat()
                     assert time.monotonic() - began < 1.0
                 await until_async(lambda: "se.state" in sink.got, what="a change of state is posted")
-                await until_async(lambda: b"enroll.granted" in (tmp_path / "events").read_bytes(), what="the hook ran")
+                told = tmp_path / "events"  # it is there once the hook runs
+                await until_async(lambda: told.exists() and b"enroll.granted" in told.read_bytes(), what="the hook ran")
 
         asyncio.run(go())
         assert sink.got.index("enroll.granted") < sink.got.index("se.state")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 from collections.abc import Iterator
@@ -127,12 +128,21 @@ def test_an_se_replaces_what_it_can_get_again(place: tuple[Site, RealSe], file: 
     assert at.uses() == 1
 
 
+def size_of(folder: Path) -> int:
+    """Bytes of its files; one that goes away meanwhile has none."""
+    size = 0
+    for entry in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            size += entry.stat().st_size
+    return size
+
+
 def test_a_broken_spool_costs_its_samples_and_nothing_else(place: tuple[Site, RealSe]) -> None:
     at, se = place
     at.ssh.cut()
     try:
         segments = se.paths.se_state / "spool"
-        until(lambda: sum(entry.stat().st_size for entry in segments.iterdir()) > 0, what="samples wait")
+        until(lambda: size_of(segments) > 0, what="samples wait")
         se.kill()
         for segment in segments.iterdir():
             damage(segment, "truncated")

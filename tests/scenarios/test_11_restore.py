@@ -55,8 +55,14 @@ def lose(at: Site) -> None:
     shutil.rmtree(at.controller.paths.controller_state)
 
 
-def restore(at: Site, out: Path) -> dict[str, Any]:
-    done = appliance(at, "controller", "restore", str(out), "--date", "now", "--passphrase-file", "-", "--json")
+def restore(at: Site, out: Path, *, root_word: str = "") -> dict[str, Any]:
+    """Restores the backup and starts the controller; `root_word` is the root key's passphrase, where it has one."""
+    line = ["controller", "restore", str(out), "--date", "now", "--passphrase-file", "-", "--json"]
+    if root_word:
+        word = out.with_name("word")
+        word.write_text(root_word + "\n")
+        line += ["--root-passphrase-file", str(word)]
+    done = appliance(at, *line)
     assert done.returncode == 0, done.stderr
     at.controller.start()
     told: dict[str, Any] = json.loads(done.stdout)
@@ -246,13 +252,7 @@ def test_a_backup_taken_in_a_change_of_root_brings_the_fleet_back_after_its_end(
         assert done.returncode == 2, done.stderr
         assert "--root-passphrase-file" in done.stderr
         assert not at.controller.paths.controller_state.exists()
-        (tmp_path / "word").write_text(ROOT_WORD + "\n")
-        done = appliance(
-            at, "controller", "restore", str(out), "--date", "now", "--passphrase-file", "-",
-            "--root-passphrase-file", str(tmp_path / "word"),
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        at.controller.start()
+        restore(at, out, root_word=ROOT_WORD)
         view = operator.controller()
         assert view.root_fingerprint != former
         assert view.root_is_locked
@@ -331,13 +331,7 @@ def test_a_receipt_outlives_the_issuing_ca_that_signed_it(tmp_path: Path) -> Non
         until(lambda: receipt_of(se) != first, what="the SE takes another receipt", deadline_s=60)
         assert se.logged().count("linked -> up") == 1, "the link lived through it"
         lose(at)
-        (tmp_path / "word").write_text(ROOT_WORD + "\n")
-        done = appliance(
-            at, "controller", "restore", str(out), "--date", "now", "--passphrase-file", "-",
-            "--root-passphrase-file", str(tmp_path / "word"),
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        at.controller.start()
+        restore(at, out, root_word=ROOT_WORD)
         operator.renew_issuing(ROOT_WORD, revoke=True, reason="stolen")
         until(lambda: operator.recovery().waiting == ["newer"], what="it shows its receipt", deadline_s=90)
         operator.approve_receipts(reason="")

@@ -168,12 +168,12 @@ def _link(
     health: Health,
 ) -> None:
     # Here and not above: paramiko and psutil are for tunnel mode, and the first boot's memory is gone by then.
+    from appliance.se.caller import Caller
     from appliance.se.forward import Forward
     from appliance.se.links import Links
     from appliance.se.receipt import Receipts
     from appliance.se.refresh import Refresh
     from appliance.se.telemetry import Telemetry
-    from appliance.se.tunnel import Caller
     from appliance.se.witness import Witness
     from appliance.storage.spool import Spool
 

@@ -20,9 +20,10 @@ from appliance.runtime import log
 from appliance.runtime.backoff import Backoff
 from appliance.runtime.clock import Clock
 from appliance.runtime.stop import StopToken
+from appliance.se.caller import Caller
 from appliance.se.channel_api import ByteChannel
 from appliance.se.ssh import KEY_REFUSED
-from appliance.se.tunnel import THERE, Caller, Link
+from appliance.se.tunnel import THERE, Link
 
 JOIN_TIMEOUT_S = 2.0
 

@@ -26,9 +26,10 @@ from appliance.runtime.clock import SystemClock
 from appliance.runtime.stop import StopToken
 from appliance.se import tunnel
 from appliance.se.believed import Beliefs
+from appliance.se.caller import Caller
 from appliance.se.identity import SeState
 from appliance.se.receipt import Receipts
-from appliance.se.tunnel import Caller, Link
+from appliance.se.tunnel import Link
 from appliance.se.witness import Witness
 from appliance.settings import Se
 

@@ -351,12 +351,20 @@ class Registry:
             raise StoreError("the store changed under a decision", hint="try again", retryable=True)
         return result.revision
 
-    def _revision(self, was: SeRecord) -> int:
-        """The revision of the record that a change was computed from; whoever waited may have been overtaken."""
+    def _rebased(self, was: SeRecord, record: SeRecord) -> tuple[SeRecord, int]:
+        """What to store for a change from `was` to `record`, and on which revision; it may have been overtaken.
+
+        What an SE told of its image key meanwhile decides nothing, and stays: its first heartbeat tells it, and a link
+        that breaks right after that must not make the next one's hello fail.
+        """
         kept = self._ses[was.se_id]
+        if kept.record.image_key_gone_at != was.image_key_gone_at:
+            gone_at = kept.record.image_key_gone_at
+            was = msgspec.structs.replace(was, image_key_gone_at=gone_at)
+            record = msgspec.structs.replace(record, image_key_gone_at=gone_at)
         if kept.record != was:
             raise StoreError(f"the record of {was.name} changed meanwhile", hint="try again", retryable=True)
-        return kept.revision
+        return record, kept.revision
 
     async def update_se(self, was: SeRecord, record: SeRecord) -> None:
         """Stores `record` in the place of `was`; only its own key is touched, so the store groups many of these.
@@ -369,7 +377,8 @@ class Registry:
                 pass
         async with self._alone(record.se_id):
             key = records.se_key(record.se_id)
-            compare = Compare(key, "mod_revision", "=", self._revision(was))
+            record, now = self._rebased(was, record)
+            compare = Compare(key, "mod_revision", "=", now)
             revision = await self._txn([compare], [Put(key, records.encode(record))])
             self._remember(record, revision)
 
@@ -378,7 +387,7 @@ class Registry:
     ) -> None:
         """Stores `record` in the place of `was`, together with an audit entry. Raises as `update_se`."""
         async with self.turn(record.se_id):
-            self._revision(was)
+            record, _ = self._rebased(was, record)
             await self.commit(record, actor=actor, action=action, subject=record.se_id, detail=detail)
 
     async def change_se(

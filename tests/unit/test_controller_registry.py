@@ -346,6 +346,32 @@ def test_an_se_is_changed_as_it_stands_when_its_turn_has_come(tmp_path: Path) ->
     run(tmp_path, act)
 
 
+def test_what_an_se_told_of_its_image_key_stays_and_overtakes_no_decision(tmp_path: Path) -> None:
+    """Its first heartbeat tells it; the hello of its next link may have been read before that was stored."""
+
+    async def act(found: Book, key: ImageKeyRecord) -> None:
+        se = await enrolled(found, key)
+        found.store.gate = asyncio.Event()
+        told = asyncio.create_task(
+            found.registry.change_se(
+                se.se_id, lambda was: msgspec.structs.replace(was, image_key_gone_at=NOW), actor="se", action="gone"
+            )
+        )
+        await asyncio.sleep(0)
+        greeted = asyncio.create_task(found.registry.update_se(se, msgspec.structs.replace(se, ticket_pending="t-1")))
+        await asyncio.sleep(0)
+        found.store.gate.set()
+        await asyncio.gather(told, greeted)
+        now = found.registry.se(se.se_id)
+        assert now is not None
+        assert (now.image_key_gone_at, now.ticket_pending) == (NOW, "t-1")
+        with pytest.raises(StoreError, match="changed meanwhile"):
+            await found.registry.update_se(se, msgspec.structs.replace(se, ticket="t-0"))
+        await agrees(found)
+
+    run(tmp_path, act)
+
+
 def test_a_revoke_whose_answer_was_lost_is_not_undone(tmp_path: Path) -> None:
     async def act(found: Book, key: ImageKeyRecord) -> None:
         se = await enrolled(found, key)

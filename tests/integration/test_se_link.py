@@ -571,6 +571,23 @@ def test_a_new_trust_document_is_followed(ssh: Gateway, stand: Stand, cluster: C
     until(lambda: ssh.beats[-1].trust_version == 2, what="the controller hears of it")
 
 
+def test_an_older_trust_document_changes_nothing(ssh: Gateway, stand: Stand, cluster: Cluster) -> None:
+    """Rightly signed, and worth nothing any more: it may name what was revoked since."""
+    stand.up(ssh.address)
+    key, older = ssh_keys.generate()[1], ssh_keys.generate()[1]
+    ssh.new_trust = cluster.trust(version=3, login_keys=[key])
+    until(lambda: ssh.beats[-1].trust_version == 3, what="the newest one is in force")
+    ssh.new_trust = cluster.trust(version=2, login_keys=[older])
+    beats = len(ssh.beats)
+    until(lambda: len(ssh.beats) > beats + 2, what="answers brought the older one, and the link lives")
+    assert stand.beliefs.version == ssh.beats[-1].trust_version == 3
+    assert older not in stand.state.authorized_keys_path.read_text()
+    # A restart reads the newest, too.
+    again = Beliefs(stand.state.trust_document, authorized_keys=stand.state.authorized_keys_path)
+    again.load(cluster.trust(version=2, login_keys=[older]))
+    assert again.version == 3
+
+
 def test_a_forged_trust_document_ends_the_link(ssh: Gateway, stand: Stand, cluster: Cluster, tmp_path: Path) -> None:
     stand.up(ssh.address)
     ssh.new_trust = Cluster(tmp_path / "evil").trust(version=2)

@@ -121,12 +121,16 @@ def test_a_token_typed_at_the_console_lets_in_without_a_restart(at: Site, tmp_pa
 
 
 def test_a_token_in_the_seed_lets_in(at: Site, tmp_path: Path) -> None:
+    """Under the name, and with the labels, that stand beside it."""
     se = newcomer(at, tmp_path, Policy.TOKEN)
     document = json.loads((seed(se) / "seed.json").read_text())
     document["token"] = token(at, "--image-key", document["image_key_id"]).strip()
+    document["hints"]["labels"] = {"rack": "7"}
     (seed(se) / "seed.json").write_text(json.dumps(document))
     se.start()
     at.until_up(se)
+    summary = at.controller.operator.se(se.name).summary
+    assert (summary.name, summary.labels) == (se.name, {"rack": "7"})
 
 
 # State that is lost.

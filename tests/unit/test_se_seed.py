@@ -173,3 +173,13 @@ def test_a_file_on_an_iso_is_bounded(paths: Paths, tmp_path: Path) -> None:
     path = iso(tmp_path / "seed.iso", {**files(), "seed.json": b" " * 100_000}, rock_ridge=True)
     with pytest.raises(SeedError, match="too large"):
         seed.load(paths, setting=str(path))
+
+
+def test_what_is_given_on_the_console_goes_before_setting_and_image(paths: Paths, image: Path, tmp_path: Path) -> None:
+    given = files("c-given")
+    write(image, files("c-image", controllers=["image:1"]))
+    named = str(write(tmp_path / "named", files("c-named", controllers=["named:1"])))
+    loaded = seed.load(paths, setting=named, given=given)
+    assert loaded.document.cluster_id == "c-given"
+    # Nor are those of other clusters hints.
+    assert loaded.controllers == ("a.example:8443", "b.example:1")

@@ -24,15 +24,7 @@ from appliance.protocol import enroll as said
 from appliance.protocol import strict_json, tunnel
 from appliance.protocol import token as tokens
 from appliance.protocol.address import se_address
-from appliance.protocol.enroll import (
-    Claim,
-    EnrollRequest,
-    Grant,
-    NonceAnswer,
-    Pending,
-    RefreshRequest,
-    Refusals,
-)
+from appliance.protocol.enroll import Claim, EnrollRequest, Grant, NonceAnswer, Pending, RefreshRequest, Refusals
 from appliance.protocol.problem import Problem
 from appliance.protocol.seed import Hints
 from appliance.protocol.trust import (

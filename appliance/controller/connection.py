@@ -14,6 +14,7 @@ import asyncio
 import hashlib
 import logging
 import socket
+from collections.abc import Callable
 from typing import Any, Self, cast
 
 import asyncssh
@@ -23,8 +24,10 @@ from asyncssh.kex import register_kex_alg
 from asyncssh.kex_dh import _KexHybridECDH
 from asyncssh.logging import SSHLogger
 
+from appliance.controller.listener import peer_address
 from appliance.controller.pace import PacedConnection
-from appliance.controller.slots import Slots
+from appliance.controller.rate import network_of
+from appliance.controller.slots import Line, Slots
 from appliance.pki.mlkem import MlKem768
 from appliance.protocol.tunnel import KEX, slot_line
 
@@ -35,6 +38,8 @@ register_kex_alg(
 
 MSG_IGNORE = 2
 BACKLOG = 4096
+MAX_SAID_BYTES = 8192
+"""What a client may say before its turn."""
 
 
 class _Quiet(SSHLogger):
@@ -85,25 +90,93 @@ class GatewayConnection(Plain, PacedConnection, asyncssh.SSHServerConnection):
         """There is no configuration file; the options of the listener hold for all."""
 
 
-class _TurnedAway(asyncio.Protocol):
-    """A connection that is told when to come back, and closed."""
+class _Waiting(asyncio.Protocol):
+    """A connection that nobody spoke to yet."""
 
-    def __init__(self, wait_s: float) -> None:
-        self._wait_s = wait_s
+    def __init__(self, door: Door) -> None:
+        self._door = door
+        self.network = ""
+        self.transport: asyncio.Transport
+        self.said = b""
+        """A client may say its version at once, and some a first message behind it."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        cast("asyncio.Transport", transport).write(slot_line(self._wait_s))
-        transport.close()
+        self.transport = cast("asyncio.Transport", transport)
+        self.network = network_of(peer_address(transport.get_extra_info("peername")))
+        self._door.came(self)
+
+    def data_received(self, data: bytes) -> None:
+        self.said += data
+        if len(self.said) > MAX_SAID_BYTES:
+            self.transport.abort()
 
 
-async def listen(sock: socket.socket, slots: Slots, **terms: Any) -> asyncssh.SSHAcceptor:
-    """Accepts connections on a bound socket, as `slots` says; `terms` are of `asyncssh.SSHServerConnectionOptions`."""
-    loop = asyncio.get_running_loop()
+class Door:
+    """Lets connections in as `slots` says. One loop only."""
+
+    def __init__(
+        self, slots: Slots, options: asyncssh.SSHServerConnectionOptions, *, most: int, most_per_source: int,
+        refused: Callable[[], None],
+    ) -> None:  # fmt: skip
+        """`most` and `most_per_source` may wait in line; `refused` is told each further one, which is closed."""
+        self._loop = asyncio.get_running_loop()
+        self._slots = slots
+        self._options = options
+        self._most = most
+        self._most_per_source = most_per_source
+        self._refused = refused
+        self._line: Line[_Waiting] = Line()
+
+    def came(self, waiting: _Waiting) -> None:
+        """A connection was accepted."""
+        line, slots = self._line, self._slots
+        if not line and slots.may_enter():
+            self._begin(waiting)
+        elif len(line) >= self._most or line.of(waiting.network) >= self._most_per_source:
+            self._refused()
+            waiting.transport.abort()
+        elif len(line) < slots.places:
+            line.append(waiting.network, waiting, self._loop.time())
+        else:
+            self._turn_away(waiting)
+
+    def advance(self) -> None:
+        """Lets in who may come now; to be called whenever a log-in ended, and each tick."""
+        while self._line and self._slots.may_enter():
+            waiting = self._line.pop()
+            if not waiting.transport.is_closing():
+                self._begin(waiting)
+
+    def tick(self, late_s: float) -> None:
+        """See `Slots.tick`."""
+        self._slots.tick(late_s, len(self._line))
+        for waiting in self._line.pop_late(self._loop.time()):
+            self._turn_away(waiting)
+        self.advance()
+
+    def close(self) -> None:
+        """Closes all that wait."""
+        while self._line:
+            self._line.pop().transport.abort()
+
+    def _begin(self, waiting: _Waiting) -> None:
+        self._slots.enter()
+        transport, connection = waiting.transport, GatewayConnection(self._loop, self._options)
+        transport.set_protocol(connection)
+        connection.connection_made(transport)
+        if waiting.said:
+            connection.data_received(waiting.said)
+
+    def _turn_away(self, waiting: _Waiting) -> None:
+        waiting.transport.write(slot_line(self._slots.slot(self._loop.time())))
+        waiting.transport.close()
+
+
+async def listen(
+    sock: socket.socket, make_door: Callable[[asyncssh.SSHServerConnectionOptions], Door], **terms: Any
+) -> tuple[asyncssh.SSHAcceptor, Door]:
+    """Accepts connections on a bound socket behind a door; `terms` are of `asyncssh.SSHServerConnectionOptions`."""
     options = asyncssh.SSHServerConnectionOptions(config=None, **terms)
-
-    def accept() -> asyncio.Protocol:
-        wait_s = slots.enter(loop.time())
-        return _TurnedAway(wait_s) if wait_s else GatewayConnection(loop, options)
-
-    server = await loop.create_server(accept, sock=sock, backlog=BACKLOG)
-    return asyncssh.SSHAcceptor(server, options)
+    door = make_door(options)
+    server = await asyncio.get_running_loop().create_server(lambda: _Waiting(door), sock=sock, backlog=BACKLOG)
+    return asyncssh.SSHAcceptor(server, options), door

@@ -295,7 +295,8 @@ class Parts:
 
     def drain(self) -> None:
         """Admits nobody any more, neither links nor enrollments."""
-        self.gateway.draining = self.enroll_api.draining = True
+        self.enroll_api.draining = True
+        self.gateway.drain()
 
     def view(self) -> ControllerView:
         """This controller."""

@@ -24,7 +24,7 @@ import asyncssh
 
 from appliance import settings
 from appliance.controller.attempts import Attempts
-from appliance.controller.connection import listen
+from appliance.controller.connection import Door, listen
 from appliance.controller.fleet import Fleet
 from appliance.controller.link import Link
 from appliance.controller.listener import FrontEnd, peer_address
@@ -130,6 +130,8 @@ class Gateway:
         self.monotonic = monotonic
         self.draining = False
         self.slots = Slots()
+        self.door: Door | None = None
+        """From `listen` on."""
         self.link_ids = itertools.count(1)
         self.unauthenticated: Counter[str] = Counter()
         self.links = 0
@@ -145,9 +147,9 @@ class Gateway:
             # Each connection has it from the listener; `pace` makes it less where the way is slow.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MOST_QUEUE_BYTES // 2)
         kex = list(tunnel.KEX) + (list(tunnel.KEX_FALLBACK) if self.terms.allow_curve25519 else [])
-        return await listen(
+        acceptor, self.door = await listen(
             sock,
-            self.slots,
+            self._door_for,
             server_factory=lambda: Peer(self),
             server_host_keys=[str(host_key)],
             server_version="appliance",
@@ -166,6 +168,14 @@ class Gateway:
             allow_scp=False,
             login_timeout=self.terms.login_timeout_s,
         )
+        return acceptor
+
+    def _door_for(self, options: asyncssh.SSHServerConnectionOptions) -> Door:
+        def refused() -> None:
+            self.refusals["connection"] += 1
+
+        most, most_per_source = self.terms.max_unauthenticated, self.terms.max_unauthenticated_per_source
+        return Door(self.slots, options, most=most, most_per_source=most_per_source, refused=refused)
 
     async def keep_slots(self) -> None:
         """Tells the slots how far the loop is behind, until cancelled."""
@@ -173,7 +183,20 @@ class Gateway:
         while True:
             began = loop.time()
             await asyncio.sleep(TICK_S)
-            self.slots.tick(loop.time() - began - TICK_S)
+            if self.door is not None:
+                self.door.tick(loop.time() - began - TICK_S)
+
+    def left(self) -> None:
+        """A log-in is over: somebody else may begin."""
+        self.slots.leave()
+        if self.door is not None:
+            self.door.advance()
+
+    def drain(self) -> None:
+        """Lets nobody in any more."""
+        self.draining = True
+        if self.door is not None:
+            self.door.close()
 
 
 class Peer(asyncssh.SSHServer):
@@ -192,7 +215,7 @@ class Peer(asyncssh.SSHServer):
     def _leave_slot(self) -> None:
         if self._has_slot:
             self._has_slot = False
-            self._gateway.slots.leave()
+            self._gateway.left()
 
     # Connection and log-in.
 

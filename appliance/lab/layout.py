@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -265,7 +266,7 @@ def _toml_value(value: object) -> str:
     return msgspec.json.encode(value).decode()
 
 
-def to_toml(sections: dict[str, dict[str, object]]) -> str:
+def to_toml(sections: Mapping[str, Mapping[str, object]]) -> str:
     """Returns a settings file's text. Values are texts, numbers, booleans, lists or tables of them."""
     lines = []
     for section, values in sections.items():

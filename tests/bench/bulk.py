@@ -9,6 +9,7 @@ beside them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import socket
 import threading
@@ -248,7 +249,7 @@ def run(stand: Stand, options: Options) -> Report:
                 def beats(log: Path = log) -> list[float]:
                     return [float(ms) for ms in _ANSWERED.findall(log.read_text("utf-8", "replace"))]
 
-                until(lambda port=port: _answers(port), what="the forward answers", deadline_s=30)
+                until(functools.partial(_answers, port), what="the forward answers", deadline_s=30)
                 if "mbit_s" in way:
                     slow["ours"] = _under_bulk(service, port, beats)
                     ours[name] = slow["ours"].speed

@@ -17,6 +17,7 @@ from pathlib import Path
 from appliance.cli.operator import Operator
 from appliance.errors import ApplianceError
 from appliance.lab.layout import LabStatus
+from appliance.paths import Paths
 from appliance.protocol.fleet import State
 from appliance.runtime.health import read_health
 from bench import openssh
@@ -92,7 +93,7 @@ class _Ours(_Party):
     def __init__(self, lab: LabStatus) -> None:
         self._lab = lab
         self._se = lab.ses[0]
-        self._operator = Operator(Path(lab.controller.operator_socket), deadline_s=2.0)
+        self._operator = Operator(Paths(Path(lab.controller.operator_socket).parents[2]), deadline_s=2.0)
 
     def processes(self, side: str) -> list[int]:
         pid = self._se.pid if side == "SE" else self._lab.controller.pid

@@ -205,7 +205,7 @@ class Controller:
         self.paths = paths
         self.bound: dict[str, Any] = json.loads(paths.controller_file.read_text())
         self.pid = int(self.bound["pid"])
-        self.operator = Operator(paths.controller_socket)
+        self.operator = Operator(paths)
 
     def bundle(self, *, uses: int) -> Path:
         """Makes an image key for `uses` enrollments. Returns the path of its bundle."""

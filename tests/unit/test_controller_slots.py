@@ -1,4 +1,4 @@
-"""Who is let in, and who gets which slot."""
+"""Who is let in, who waits in line, and who gets which slot."""
 
 from __future__ import annotations
 
@@ -6,40 +6,51 @@ import itertools
 
 import pytest
 
-from appliance.controller.slots import BURST, FEW, HASTE, LATE_S, LOWEST_RATE_PER_S, TICK_S, Slots
+from appliance.controller.slots import (
+    BURST,
+    FEW,
+    FIRST_RATE_PER_S,
+    HASTE,
+    LATE_S,
+    LINE_S,
+    LOWEST_RATE_PER_S,
+    PATIENCE_S,
+    TICK_S,
+    Line,
+    Slots,
+)
 from appliance.protocol.tunnel import MAX_SLOT_S, read_slot, slot_line
 
 
-def late(slots: Slots) -> None:
-    slots.tick(LATE_S * 2)
+def enter(slots: Slots) -> bool:
+    """One comes, and is let in or not."""
+    if not slots.may_enter():
+        return False
+    slots.enter()
+    return True
 
 
 def test_a_few_are_always_let_in() -> None:
     slots = Slots()
-    late(slots)
-    assert [slots.enter(1.0) for _ in range(FEW)] == [0.0] * FEW
-    assert slots.enter(1.0) > 0
+    slots.tick(LATE_S * 2, 0)
+    assert [enter(slots) for _ in range(FEW + 1)] == [True] * FEW + [False]
 
 
 def test_while_the_loop_is_on_time_more_are_let_in_a_burst_a_tick() -> None:
     slots = Slots()
     for _ in range(FEW):
-        slots.enter(0.0)
-    slots.tick(0.0)
-    assert [slots.enter(1.0) for _ in range(BURST)] == [0.0] * BURST
-    assert slots.enter(1.0) > 0
-    slots.tick(0.0)
-    assert slots.enter(1.0 + TICK_S) == 0.0
+        slots.enter()
+    slots.tick(0.0, 0)
+    assert [enter(slots) for _ in range(BURST + 1)] == [True] * BURST + [False]
+    slots.tick(0.0, 0)
+    assert enter(slots)
 
 
 def test_slots_are_one_after_the_other_and_in_sight() -> None:
     slots = Slots()
-    late(slots)
-    for _ in range(FEW):
-        slots.enter(5.0)
-    given = [slots.enter(5.0) for _ in range(50_000)]
+    given = [slots.slot(5.0) for _ in range(50_000)]
     assert slots.shed == len(given)
-    assert all(0 < wait_s <= MAX_SLOT_S for wait_s in given)
+    assert all(LINE_S / 2 < wait_s <= MAX_SLOT_S for wait_s in given)
     early = given[:1000]
     assert early == sorted(set(early))
     steps = {round(later - sooner, 9) for sooner, later in itertools.pairwise(early)}
@@ -48,31 +59,64 @@ def test_slots_are_one_after_the_other_and_in_sight() -> None:
 
 def test_who_leaves_makes_room() -> None:
     slots = Slots()
-    late(slots)
+    slots.tick(LATE_S * 2, 0)
     for _ in range(FEW):
-        slots.enter(0.0)
+        slots.enter()
     slots.leave()
-    assert slots.enter(0.1) == 0.0
+    assert enter(slots)
 
 
-@pytest.mark.parametrize("per_tick", [1, 5, 20])
-def test_the_rate_follows_what_is_finished(per_tick: int) -> None:
+@pytest.mark.parametrize("per_tick", [0, 1, 5, 20])
+def test_the_rate_follows_what_is_finished_while_somebody_waits(per_tick: int) -> None:
     slots = Slots()
-    for _ in range(400):
-        while slots.under_way < FEW + per_tick:
-            slots.under_way += 1
+    slots.leave()
+    for _ in range(1000):
+        slots.tick(0.0, 1)
         for _ in range(per_tick):
             slots.leave()
-        slots.tick(0.0)
     assert slots.rate_per_s == pytest.approx(max(LOWEST_RATE_PER_S, per_tick / TICK_S), rel=0.05)
+    assert slots.places == int(slots.rate_per_s * LINE_S)
+
+
+def test_before_the_first_came_through_nothing_is_known_of_the_rate() -> None:
+    slots = Slots()
+    for _ in range(100):
+        slots.tick(0.0, 500)
+    assert slots.rate_per_s == FIRST_RATE_PER_S
+    slots.leave()
+    slots.tick(0.0, 500)
+    assert slots.rate_per_s < FIRST_RATE_PER_S
 
 
 def test_an_idle_gateway_forgets_nothing_of_its_rate() -> None:
     slots = Slots()
+    slots.leave()
+    slots.tick(0.0, 1)
     before = slots.rate_per_s
     for _ in range(100):
-        slots.tick(0.0)
+        slots.tick(0.0, 0)
     assert slots.rate_per_s == before
+
+
+def test_a_line_is_first_come_first_served_and_goes_round_the_networks() -> None:
+    line: Line[str] = Line()
+    for name in ("a1", "a2", "a3", "b1", "a4", "c1", "b2"):
+        line.append(name[0], name, 0.0)
+    assert (len(line), line.of("a"), line.of("b"), line.of("x")) == (7, 4, 2, 0)
+    assert [line.pop() for _ in range(7)] == ["a1", "b1", "c1", "a2", "b2", "a3", "a4"]
+    assert not line
+    with pytest.raises(IndexError, match="nobody"):
+        line.pop()
+
+
+def test_who_waited_too_long_is_taken_out() -> None:
+    line: Line[str] = Line()
+    for at, name in enumerate(("a1", "b1", "a2", "c1")):
+        line.append(name[0], name, float(at))
+    assert list(line.pop_late(PATIENCE_S)) == []
+    assert list(line.pop_late(PATIENCE_S + 2.5)) == ["a1", "a2", "b1"]
+    assert line.pop() == "c1"
+    assert not line
 
 
 @pytest.mark.parametrize("wait_s", [0.0, 0.001, 12.345, MAX_SLOT_S])

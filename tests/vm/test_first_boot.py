@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import machine_disk
@@ -132,39 +133,50 @@ def check_journal(entries: list[dict[str, str]]) -> None:
     assert bad == []
 
 
-def boot_and_check(tmp_path: Path, *, firmware: str) -> None:
-    """One VM's life: first boot, a kill of its daemon, a reset, and what is on its disk after it."""
+def boot_and_check(tmp_path: Path, *, firmware: str, baked: Sequence[str], se: str, host_name: str) -> None:
+    """One VM's life: first boot, a kill of its daemon, a reset, and what is on its disk after it.
+
+    Args:
+        tmp_path: for all of it.
+        firmware: how it boots.
+        baked: options of the build that name the VM.
+        se: its name in the controller.
+        host_name: what it calls itself.
+    """
     with controller_for_vms(tmp_path / "controller") as controller:
-        image = bake(tmp_path, controller, "--seed-name", "edge-1", "--disk-size", "3G")
+        image = bake(tmp_path, controller, *baked, "--disk-size", "3G")
         before = found_on_image(tmp_path, image, controller)
         assert before == ["PEM"], "the image key lies on the image as PEM: the search below would find it"
         began = time.time()
         with Vm(tmp_path, image, firmware=firmware, network=network(controller)) as vm:  # type: ignore[arg-type]
-            wait_up(controller, "edge-1")
+            wait_up(controller, se)
             up_after_s = time.time() - began
             console = vm.console()
             assert re.search(r"appliance: first boot: the seed was taken from partition 3 of /dev/vda", console)
             vm.wait_for(r"appliance: se UP: node 1 up \[.*10\.0\.2\.15.*127\.1\.0\.1\]")
             # The VM's own figures, not this machine's; its first sample comes with a heartbeat after UP.
             memory = until(
-                lambda: controller.operator.se("edge-1").summary.memory_total_bytes, what="telemetry came",
+                lambda: controller.operator.se(se).summary.memory_total_bytes, what="telemetry came",
                 deadline_s=120,
             )  # fmt: skip
-            detail = controller.operator.se("edge-1")
+            detail = controller.operator.se(se)
             assert 0.85 * GIB < memory < GIB
             assert detail.summary.uptime_s is not None
             assert 0 < detail.summary.uptime_s < time.time() - began + 30
             assert detail.facts.macs == ["52:54:00:12:34:56"]
+            assert detail.image_key_gone_at > 0
+            kinds = [event.kind for event in controller.operator.events() if event.kind.startswith("se.image-key-")]
+            assert kinds == ["se.image-key-destroyed"]
             vm.wait_for(r"Reached target .*Cloud-init target|Cloud-init v\. \S+ finished", deadline_s=UP_S)
-            check_units(controller, tmp_path)
+            check_units(controller, tmp_path, se, host_name)
             keys = controller.operator.image_keys()
             assert [key.uses for key in keys] == [1]
             first = detail.facts.boot_id
             host_key = detail.host_keys
 
             vm.reset()
-            booted(controller, "edge-1", before=first, deadline_s=UP_S)
-            again = controller.operator.se("edge-1")
+            booted(controller, se, before=first, deadline_s=UP_S)
+            again = controller.operator.se(se)
             assert [key.uses for key in controller.operator.image_keys()] == [1], "it enrolled a second time"
             assert (again.summary.number, again.thumbprint, again.host_keys) == (1, detail.thumbprint, host_key)
             assert again.alarms == []
@@ -189,36 +201,37 @@ _UNIT = "systemctl show appliance-se.service --property"
 _FED = f"{_UNIT} WatchdogTimestampMonotonic --value"
 
 
-def unit(controller: RunningController, directory: Path, before: str = "") -> dict[str, str]:
+def unit(controller: RunningController, directory: Path, se: str, before: str = "") -> dict[str, str]:
     """Properties of the SE's unit as systemd in the VM tells them, after a shell's command line ran there."""
     wanted = "Type,ActiveState,SubState,MainPID,WatchdogUSec,NRestarts"
-    told = in_vm(controller, directory, "edge-1", f"{before} {_UNIT} {wanted}").stdout
+    told = in_vm(controller, directory, se, f"{before} {_UNIT} {wanted}").stdout
     return dict(line.split("=", 1) for line in told.splitlines())
 
 
-def check_units(controller: RunningController, directory: Path) -> None:
+def check_units(controller: RunningController, directory: Path, se: str, host_name: str) -> None:
     """Type=notify said READY, the watchdog is fed, and a killed daemon comes back and links anew."""
     feeding = f"fed=$({_FED}); test $fed -gt 0 || exit 9; until [ $({_FED}) != $fed ]; do sleep 1; done;"
-    first = unit(controller, directory, f"[ $(hostname) = edge-1 ] || exit 8; {feeding}")
+    first = unit(controller, directory, se, f"[ $(hostname) = {host_name} ] || exit 8; {feeding}")
     assert (first["Type"], first["ActiveState"], first["SubState"]) == ("notify", "active", "running")
     assert first["WatchdogUSec"] == "30s", "the longer limit of a start is over"
     # The path that brings the command dies with the daemon, before or after ssh is told that it ran.
-    in_vm(controller, directory, "edge-1", f"kill -9 {first['MainPID']}", check=False)
-    until(lambda: controller.state("edge-1").startswith("DOWN"), what="the daemon is dead", deadline_s=120)
-    wait_up(controller, "edge-1")
-    second = unit(controller, directory)
+    in_vm(controller, directory, se, f"kill -9 {first['MainPID']}", check=False)
+    until(lambda: controller.state(se).startswith("DOWN"), what="the daemon is dead", deadline_s=120)
+    wait_up(controller, se)
+    second = unit(controller, directory, se)
     assert (second["ActiveState"], second["SubState"]) == ("active", "running")
     assert int(second["NRestarts"]) == int(first["NRestarts"]) + 1
     assert second["MainPID"] != first["MainPID"], (first, second)
 
 
 def test_an_image_boots_by_uefi_enrolls_and_stays_who_it_is(tmp_path: Path) -> None:
-    boot_and_check(tmp_path, firmware="uefi")
+    boot_and_check(tmp_path, firmware="uefi", baked=["--seed-name", "edge-1"], se="edge-1", host_name="edge-1")
 
 
 @pytest.mark.slow
 def test_an_image_boots_by_bios_enrolls_and_stays_who_it_is(tmp_path: Path) -> None:
-    boot_and_check(tmp_path, firmware="bios")
+    """Nobody named it: it makes a host name of its MAC address."""
+    boot_and_check(tmp_path, firmware="bios", baked=[], se="se-1", host_name="appliance-se-123456")
 
 
 # --- what else can come -----------------------------------------------------------------------------------------------

@@ -205,7 +205,8 @@ def _root_filesystem(work: Path, tree: Path, overlay: Path, *, guids: Guids, siz
 
 def _boot_partition(work: Path, tree: Path, description: bytes, *, role: Role, guids: Guids, epoch: int) -> Path:
     # gpt: where a power cut tore the first copy of the partition table, the kernel takes the second
-    options = f"root=PARTUUID={guids.root} ro gpt net.ifnames=0 {CONSOLE}"
+    # loglevel: warnings and worse, so that the state line isn't lost among the rest, which the journal has
+    options = f"root=PARTUUID={guids.root} ro gpt net.ifnames=0 loglevel=5 {CONSOLE}"
     with tarfile.open(tree) as packages:
         kernels = [name for name in packages.getnames() if name.startswith("./boot/vmlinuz-")]
         if len(kernels) != 1:

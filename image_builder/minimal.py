@@ -37,7 +37,7 @@ from image_builder.overlay import Role
 from image_builder.steps import Steps
 
 TREE_FORM = 2
-SYSTEM_FORM = 6
+SYSTEM_FORM = 7
 """Raised when the same inputs make another tree or disk than before."""
 DEFAULT_EPOCH = 1_700_000_000
 KEPT = 3

@@ -168,6 +168,12 @@ def places(role: Role, *, root_guid: str, openssh: tuple[int, int], units: dict[
         Place(path="etc/default/locale", text="LANG=C.UTF-8\n"),
         # Cleans up after scrubbing LVM snapshots, of which there are none: it only holds up the boot.
         Place(path="etc/systemd/system/e2scrub_reap.service", link="/dev/null"),
+        Place(
+            path="etc/modprobe.d/appliance.conf",
+            text="# Loaded by the processor's name alone, which holds up the boot. This VM starts no VMs of its own,\n"
+            "# and its clock rate is its hypervisor's matter.\n"
+            "blacklist kvm_amd\nblacklist kvm_intel\nblacklist powernow_k8\n",
+        ),
         # Lets the kernel start .pyc files by their name, which nobody does.
         Place(path="etc/systemd/system/systemd-binfmt.service", link="/dev/null"),
         Place(

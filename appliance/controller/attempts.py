@@ -72,7 +72,7 @@ class Attempts:
         text: str = "",
         hint: str = "",
     ) -> None:
-        """Keeps the newest word on `step` of a track.
+        """Keeps the newest word on `step` of a track; where it failed, later steps aren't true any more.
 
         Args:
             source: the peer's address, without port.
@@ -98,6 +98,9 @@ class Attempts:
         track.at = at
         track.se_id = _clip(se_id) or track.se_id
         track.links[step] = Link(step=step, result=result, at=at, text=_clip(text), code=_clip(code), hint=hint)
+        if result is StepResult.FAILED:
+            for later in _STEPS[_STEPS.index(step) + 1 :]:
+                track.links.pop(later, None)
         tracks.move_to_end(name)
         self._sources.move_to_end(source)
         members.move_to_end(source)

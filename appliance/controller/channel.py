@@ -315,7 +315,7 @@ class ChannelApi:
         if first:
             self._tested(link, beat)
             self._image_key_told(link, beat.image_key)
-        self._fleet.heartbeat(link, rtt_s=beat.rtt_s, skew_s=beat.time - now, spool_bytes=beat.spool_bytes)
+        self._fleet.heartbeat(link, rtt_s=beat.rtt_s, lag_s=now - beat.time, spool_bytes=beat.spool_bytes)
         accepted = 0
         if beat.telemetry and not link.quarantined:
             accepted = self._history.accept(link.se_id, beat.telemetry, now)

@@ -186,8 +186,8 @@ class Fleet:
             self._asked.discard(link.link_id)
             self._by_last_seen[link.link_id] = link
 
-    def heartbeat(self, link: Link, *, rtt_s: float, skew_s: float, spool_bytes: int) -> None:
-        """A heartbeat arrived."""
+    def heartbeat(self, link: Link, *, rtt_s: float, lag_s: float, spool_bytes: int) -> None:
+        """A heartbeat arrived, `lag_s` after the wall time that it carries."""
         now = self._monotonic()
         self.seen(link)
         link.heartbeats += 1
@@ -196,7 +196,8 @@ class Fleet:
         self.heartbeats += 1
         if rtt_s > 0:
             link.rtt.add(rtt_s, now)
-        link.skew_s, link.spool_bytes = skew_s, spool_bytes
+        link.lags.add(lag_s, now)
+        link.spool_bytes = spool_bytes
         if not link.quarantined:
             self._last_heartbeat[link.se_id] = self._wall()
             self.look(link.se_id)
@@ -348,10 +349,10 @@ class Fleet:
         record = self.registry.se(se_id)
         if record is None:
             return None
-        derived = derive(self._view(record))
-        link = self._links.get(se_id)
-        if link is not None:
-            link.was_rtt_high = is_rtt_high(link.rtt.value, was_high=link.was_rtt_high)
+        view, link = self._view(record), self._links.get(se_id)
+        derived = derive(view)
+        if link is not None and view.link is not None:
+            link.was_rtt_high = is_rtt_high(view.link.rtt_s, was_high=view.was_rtt_high)
         memo = self._memo.get(se_id)
         if memo is not None and memo.derived[:2] == derived[:2]:
             memo.derived, memo.record = derived, record

@@ -20,37 +20,49 @@ _log = logging.getLogger(__name__)
 
 HEARTBEAT_BURST = 60
 """Heartbeats that a link may send at once."""
-RTT_WINDOW_S = 30.0
-"""Two windows of this length make up 'the last minute' of the RTT minimum."""
+WINDOW_S = 30.0
+FEW = 3
+"""Two windows of this length, of so many values at least, make up 'the last minute' of a minimum."""
 
 
-class RttMinimum:
-    """Minimum RTT of the last 30 to 60 seconds, in two numbers a link instead of a list; and of all its life."""
+class Minimum:
+    """Minimum of the last 30 to 60 seconds, in two numbers a link instead of a list; and of all its life.
 
-    __slots__ = ("_before", "_current", "_since", "least")
+    Of one or two values each may have met a busy moment of either side. So a window, however seldom values come, ends
+    with its third at the soonest, and `settled` has nothing to say before.
+    """
+
+    __slots__ = ("_before", "_count", "_current", "_since", "least")
 
     def __init__(self) -> None:
         self.least: float | None = None
-        """Of the link's whole life, seconds: what its way takes without a queue on it."""
+        """Of all that was noted; of round trips it is what the way takes without a queue on it."""
         self._since = 0.0
+        self._count = 0
         self._current: float | None = None
         self._before: float | None = None
 
-    def add(self, rtt_s: float, now: float) -> None:
-        """Notes one round trip; `now` is monotonic."""
-        windows = (now - self._since) // RTT_WINDOW_S
-        if windows >= 1:
-            self._before = self._current if windows == 1 else None
-            self._current = None
-            self._since += windows * RTT_WINDOW_S
-        self._current = rtt_s if self._current is None else min(self._current, rtt_s)
-        self.least = rtt_s if self.least is None else min(self.least, rtt_s)
+    def add(self, value: float, now: float) -> None:
+        """Notes one value; `now` is monotonic."""
+        if self._count >= FEW and now - self._since >= WINDOW_S:
+            self._before, self._current, self._count = self._current, None, 0
+        if self._current is None:
+            self._current, self._since = value, now
+        self._current = min(self._current, value)
+        self._count += 1
+        self.least = value if self.least is None else min(self.least, value)
 
     @property
     def value(self) -> float | None:
-        """Seconds, or None where nothing was measured yet."""
-        known = [rtt for rtt in (self._current, self._before) if rtt is not None]
-        return min(known) if known else None
+        """The minimum, or None where nothing was noted yet."""
+        if self._current is None or self._before is None:
+            return self._current
+        return min(self._current, self._before)
+
+    @property
+    def settled(self) -> float | None:
+        """The minimum, or None where there were too few values for one."""
+        return self.value if self._before is not None or self._count >= FEW else None
 
 
 class Link:
@@ -66,6 +78,7 @@ class Link:
         "heartbeats",
         "hello_done",
         "is_gone",
+        "lags",
         "last_seen",
         "link_id",
         "lost_reason",
@@ -85,7 +98,6 @@ class Link:
         "rolled_back",
         "rtt",
         "se_id",
-        "skew_s",
         "source",
         "spool_bytes",
         "thumbprint",
@@ -112,8 +124,7 @@ class Link:
         self.source = source
         self.machine = source
         """What tells this peer from a copy of it: the address it came from, and what it says of itself."""
-        self.opened_at = now
-        self.last_seen = now
+        self.opened_at = self.last_seen = now
         self.channels = 0
         """Open channels the SE asked for."""
         self.is_gone = False
@@ -138,9 +149,11 @@ class Link:
         self.heartbeats = 0
         self.beats = Bucket(HEARTBEAT_BURST, now)
         """What it may still send of heartbeats."""
-        self.rtt = RttMinimum()
+        self.rtt = Minimum()
+        self.lags = Minimum()
+        """How long after its own time, by our clock, its heartbeats came, seconds. What held one up, a freeze of this
+        process or a full queue, only adds to that: the least lag is the one that tells of its clock."""
         self.was_rtt_high = False
-        self.skew_s = 0.0
         self.spool_bytes = 0
         self.trust_version = 0
         self.audit_seen = 0
@@ -161,8 +174,8 @@ class Link:
             confirmed=self.confirmed,
             heartbeats=self.heartbeats,
             reverse_ok=self.reverse_ok,
-            rtt_s=self.rtt.value,
-            skew_s=self.skew_s,
+            rtt_s=self.rtt.settled,
+            skew_s=-(self.lags.value or 0.0),
             spool_bytes=self.spool_bytes,
             reverse_error=self.reverse_error,
             rolled_back=self.rolled_back,

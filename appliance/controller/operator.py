@@ -35,6 +35,8 @@ from appliance.protocol.operator import (
 from appliance.protocol.telemetry import Sample
 from appliance.protocol.why import Chain, Link, Step, StepResult, verdict
 
+REVERSE_WORKS = "its sshd answers with the enrolled host key"
+REVERSE_HINT = "on the SE: systemctl status ssh; `appliance why` there tells its half"
 MAX_WAIT_S = 60.0
 MAX_AUDIT_PAGE = 10_000
 
@@ -226,18 +228,16 @@ class OperatorApi:
         if link.reverse_ok is None:
             return [*steps, Link(step=Step.REVERSE, result=waiting, text="the check is queued")]
         if not link.reverse_ok:
-            hint = "on the SE: systemctl status ssh; `appliance why` there tells its half"
             reverse = Link(
                 step=Step.REVERSE,
                 result=failed,
                 at=link.reverse_at,
                 text=link.reverse_error,
                 code="REVERSE_DOWN",
-                hint=hint,
+                hint=REVERSE_HINT,
             )
             return [*steps, reverse]
-        text = "its sshd answers with the enrolled host key"
-        return [*steps, Link(step=Step.REVERSE, result=ok, at=link.reverse_at, text=text)]
+        return [*steps, Link(step=Step.REVERSE, result=ok, at=link.reverse_at, text=REVERSE_WORKS)]
 
     def _grant_link(self, record: SeRecord, text: str) -> Link:
         at = record.enrolled_at

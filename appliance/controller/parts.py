@@ -29,7 +29,7 @@ from appliance.controller.link import Link
 from appliance.controller.listener import FrontEnd, HttpLimits
 from appliance.controller.material import Files, Material
 from appliance.controller.nonce import Nonces
-from appliance.controller.operator import OperatorApi, views
+from appliance.controller.operator import REVERSE_HINT, REVERSE_WORKS, OperatorApi, views
 from appliance.controller.operator_enroll import AdmissionApi
 from appliance.controller.operator_images import ImagesApi
 from appliance.controller.operator_trust import TrustApi
@@ -120,7 +120,9 @@ class Parts:
         )
         uids = allowed_uids(terms.reverse_users)
         windows = Pool(terms.windows_max_bytes)
-        self.reverse = ReversePath(self.fleet, windows=windows, allowed_uids=lambda: uids)
+        self.reverse = ReversePath(
+            self.fleet, windows=windows, allowed_uids=lambda: uids, checked=self._reverse_checked
+        )
         self.nonces = Nonces(self.material.nonce_key)
         self.admission = Admission(self.registry, pending_life_s=terms.pending_life_s, wall=clock.now)
         self.tokens = Tokens(self.registry, wall=clock.now)
@@ -269,6 +271,14 @@ class Parts:
         self.attempts.note(
             link.source, Step.LINK, StepResult.FAILED, at=self.clock.now(), se_id=link.se_id,
             code=link.lost_reason.value, text=link.lost_text, hint="the SE redials by itself",
+        )  # fmt: skip
+
+    def _reverse_checked(self, link: Link, error: str) -> None:
+        self.fleet.reverse_checked(link, error)
+        result = StepResult.FAILED if error else StepResult.OK
+        self.attempts.note(
+            link.source, Step.REVERSE, result, at=self.clock.now(), se_id=link.se_id,
+            code="REVERSE_DOWN" if error else "", text=error or REVERSE_WORKS, hint=REVERSE_HINT if error else "",
         )  # fmt: skip
 
     def reserve(self, trust: TrustDocument) -> None:

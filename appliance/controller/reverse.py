@@ -71,12 +71,27 @@ class _ProbeSession(asyncssh.SSHTCPSession[bytes]):
 
 
 class ReversePath:
-    """Serves the reverse listener and checks each link's reverse path: once, and when it seems down. One loop only."""
+    """Serves the reverse listener and checks each link's reverse path: once, and when it seems down. One loop only.
 
-    def __init__(self, fleet: Fleet, *, windows: Pool, allowed_uids: Callable[[], Collection[int]]) -> None:
+    Args:
+        fleet: whose links lead back to their SEs.
+        windows: what all channels' windows are taken from.
+        allowed_uids: who may use the listener.
+        checked: is told of each check: its link, and what is wrong, "" where the SE's own sshd answered.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        *,
+        windows: Pool,
+        allowed_uids: Callable[[], Collection[int]],
+        checked: Callable[[Link, str], None],
+    ) -> None:
         self._fleet = fleet
         self._windows = windows
         self._allowed_uids = allowed_uids
+        self._checked = checked
         self._tasks: set[asyncio.Task[None]] = set()
         self._turn = asyncio.Semaphore(CHECKS_AT_ONCE)
         self._checking: set[Link] = set()
@@ -181,7 +196,7 @@ class ReversePath:
             self._start(self._check(link))
 
     def _failed(self, link: Link, error: str) -> None:
-        self._fleet.reverse_checked(link, error)
+        self._checked(link, error)
 
     async def _check(self, link: Link) -> None:
         try:
@@ -198,7 +213,7 @@ class ReversePath:
             if self._fleet.link(link.se_id) is not link:
                 return
             if not error:
-                self._fleet.reverse_checked(link, "")
+                self._checked(link, "")
                 return
             self._failed(link, error)
             pause_s = next(pauses, pause_s)

@@ -68,8 +68,9 @@ class LinkView(NamedTuple):
     reverse_ok: bool | None
     """None until the check ran."""
     rtt_s: float | None
-    """Minimum of the last minute."""
+    """Minimum of the last minute, None until there were enough round trips for one."""
     skew_s: float
+    """How far the SE's clock is ahead of ours, by the heartbeat of the last minute that came soonest."""
     spool_bytes: int
     reverse_error: str = ""
     rolled_back: bool = False

@@ -36,9 +36,12 @@ def test_why_names_the_first_step_that_failed_for_each_kind_of_subject(controlle
                 assert chain.verdict == "all steps happened"
                 assert [link.step for link in chain.steps] == list(Step)
                 assert all(link.at > 0 for link in chain.steps if link.result is StepResult.OK)
+            assert controller.operator.why("127.0.0.1").verdict == "all steps happened"
             se.close()
             await until_async(lambda: controller.state("told").startswith("DOWN"), what="DOWN")
             assert "stopped at link" in controller.operator.why("told").verdict
+            steps = controller.operator.why("127.0.0.1").steps
+            assert {link.result for link in steps[list(Step).index(Step.HELLO) :]} == {StepResult.WAITING}
             controller.command("se", "revoke", "told", "--reason", "stolen")
             assert "stolen" in controller.operator.why("told").verdict
         with pytest.raises(NotFoundError):

@@ -178,7 +178,9 @@ class Stand:
         host_key = root / "etc/ssh/ssh_host_ed25519_key.pub"
         host_key.parent.mkdir(parents=True)
         host_key.write_text(ssh_keys.generate()[1] + "\n")  # nobody logs in here
-        sections = {"log": {"level": "debug"}, "se": {"seed": str(seed), **settings}, "se.forwards": dict(forwards)}
+        sections: dict[str, Mapping[str, object]] = {
+            "log": {"level": "debug"}, "se": {"seed": str(seed), **settings}, "se.forwards": forwards,
+        }  # fmt: skip
         paths.settings_file.write_text(to_toml(sections), encoding="utf-8")
         on = ["--root", str(root)]
         self.command(*on, "mode", "set", "se")

@@ -132,7 +132,9 @@ class Stand:
         }
         paths = Paths(root)
         paths.settings_file.parent.mkdir(parents=True)
-        sections: dict[str, dict[str, object]] = {"controller": terms} | ({"controller.services": dict(services)} if services else {})
+        sections: dict[str, dict[str, object]] = {"controller": terms} | (
+            {"controller.services": dict(services)} if services else {}
+        )
         paths.settings_file.write_text(to_toml(sections), encoding="utf-8")
         on = ["--root", str(root)]
         seen = ["--ssh-port", str(seen_ssh or ssh)]

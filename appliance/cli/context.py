@@ -74,6 +74,11 @@ def json_option(function: _F) -> _F:
     )(function)
 
 
+def reason_option(function: _F) -> _F:
+    """Decorator: adds `--reason`, for whatever the audit keeps."""
+    return click.option("--reason", default="", help="Goes into the audit.")(function)
+
+
 def print_json(value: object) -> None:
     """Prints a struct, dataclass or plain value as one indented JSON document on stdout."""
     import msgspec

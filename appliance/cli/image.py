@@ -10,7 +10,7 @@ import click
 import msgspec
 
 from appliance.cli import output
-from appliance.cli.context import CliContext, json_option, pass_context, print_json
+from appliance.cli.context import CliContext, json_option, pass_context, print_json, reason_option
 from appliance.cli.operator import Operator
 from appliance.cli.output import Cell, Column
 from appliance.errors import ApplianceError, UsageError
@@ -195,7 +195,7 @@ def _fields(view: ImageView, now: float) -> list[tuple[str, Cell]]:
 @click.option("--key", is_flag=True, help="Revoke its image key too, though other live images carry it.")
 @click.option("--keep-key", is_flag=True, help="Leave its image key alone: bars only who names this image.")
 @click.option("--kick", is_flag=True, help="Revoke the SEs that name it, as `appliance se revoke` does.")
-@click.option("--reason", default="", help="Goes into the audit.")
+@reason_option
 @json_option
 @pass_context
 def revoke(context: CliContext, image: str, *, key: bool, keep_key: bool, kick: bool, reason: str) -> None:

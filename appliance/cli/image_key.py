@@ -11,7 +11,7 @@ import click
 import msgspec
 
 from appliance.cli import output, quantities
-from appliance.cli.context import CliContext, json_option, pass_context, print_json
+from appliance.cli.context import CliContext, json_option, pass_context, print_json, reason_option
 from appliance.cli.operator import Operator
 from appliance.cli.output import Cell, Column
 from appliance.errors import ApplianceError, StorageError, UsageError
@@ -183,7 +183,7 @@ def list_(context: CliContext) -> None:
 
 @command.command()
 @click.argument("image_key_id", metavar="ID")
-@click.option("--reason", default="", help="Goes into the audit.")
+@reason_option
 @json_option
 @pass_context
 def revoke(context: CliContext, image_key_id: str, reason: str) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from appliance.cli import output
-from appliance.cli.context import CliContext, json_option, pass_context, print_json
+from appliance.cli.context import CliContext, json_option, pass_context, print_json, reason_option
 from appliance.cli.operator import Operator
 from appliance.cli.output import Styled
 from appliance.errors import StorageError, UsageError
@@ -88,9 +88,6 @@ def text_of(secret: Secret) -> str:
     return secret.reveal().decode()
 
 
-_REASON = click.option("--reason", default="", help="Goes into the audit.")
-
-
 def _show(context: CliContext, view: ControllerView, told: str) -> None:
     if context.json:
         print_json(view)
@@ -110,7 +107,7 @@ def passphrase() -> None:
 
 @passphrase.command("set")
 @passphrase_option("--new-passphrase-file", "the passphrase")
-@_REASON
+@reason_option
 @json_option
 @pass_context
 def set_(context: CliContext, new_passphrase_file: Path | None, reason: str) -> None:
@@ -125,7 +122,7 @@ def set_(context: CliContext, new_passphrase_file: Path | None, reason: str) -> 
 @passphrase.command("change")
 @passphrase_option("--passphrase-file", "the present passphrase")
 @passphrase_option("--new-passphrase-file", "the new one")
-@_REASON
+@reason_option
 @json_option
 @pass_context
 def change(context: CliContext, passphrase_file: Path | None, new_passphrase_file: Path | None, reason: str) -> None:
@@ -142,7 +139,7 @@ def change(context: CliContext, passphrase_file: Path | None, new_passphrase_fil
 @passphrase.command("remove")
 @passphrase_option("--passphrase-file", "the present passphrase")
 @click.option("--force", is_flag=True, help="Whoever reads this disk has the root key then.")
-@_REASON
+@reason_option
 @json_option
 @pass_context
 def remove(context: CliContext, passphrase_file: Path | None, force: bool, reason: str) -> None:
@@ -164,7 +161,7 @@ def issuing_ca() -> None:
 @issuing_ca.command("renew")
 @passphrase_option("--passphrase-file", "the root key's passphrase")
 @click.option("--revoke", is_flag=True, help="Have SEs refuse what the present one signed: its key is in wrong hands.")
-@_REASON
+@reason_option
 @json_option
 @pass_context
 def renew(context: CliContext, passphrase_file: Path | None, revoke: bool, reason: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from appliance.cli import output
-from appliance.cli.context import CliContext, json_option, pass_context, print_json
+from appliance.cli.context import CliContext, json_option, pass_context, print_json, reason_option
 from appliance.cli.output import Cell, Styled
 from appliance.protocol.operator import RecoveryView
 
@@ -44,9 +44,6 @@ def recovery() -> None:
     """After a restore: SEs that the backup doesn't know show their receipts and wait for approval."""
 
 
-_REASON = click.option("--reason", default="", help="Goes into the audit.")
-
-
 @recovery.command()
 @json_option
 @pass_context
@@ -56,7 +53,7 @@ def status(context: CliContext) -> None:
 
 
 @recovery.command()
-@_REASON
+@reason_option
 @json_option
 @pass_context
 def end(context: CliContext, reason: str) -> None:
@@ -65,7 +62,7 @@ def end(context: CliContext, reason: str) -> None:
 
 
 @recovery.command()
-@_REASON
+@reason_option
 @json_option
 @pass_context
 def begin(context: CliContext, reason: str) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from appliance.cli import output
-from appliance.cli.context import CliContext, json_option, pass_context, print_json
+from appliance.cli.context import CliContext, json_option, pass_context, print_json, reason_option
 from appliance.cli.output import Styled
 from appliance.cli.passphrase import passphrase_option, root_passphrase
 
@@ -50,7 +50,6 @@ def rotation_group(kind: str, what: str) -> click.Group:
         kind: as the operator API names it.
         what: for people.
     """
-    reason_option = click.option("--reason", default="", help="Goes into the audit.")
     unlock_option = passphrase_option("--passphrase-file", "the root key's passphrase", default="ask, where it has one")
 
     @click.group(f"rotate-{kind}", help=f"Changes {what} while SEs run: begin, wait, finish.")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from appliance.cli import output, quantities, se_admission
-from appliance.cli.context import CliContext, json_option, pass_context, print_json
+from appliance.cli.context import CliContext, json_option, pass_context, print_json, reason_option
 from appliance.cli.output import Cell, Column
 from appliance.cli.se_admission import name as _name
 from appliance.errors import UsageError
@@ -211,7 +211,7 @@ def show(context: CliContext, se: str) -> None:
 
 @command.command()
 @click.argument("se")
-@click.option("--reason", default="", help="Goes into the audit.")
+@reason_option
 @json_option
 @pass_context
 def revoke(context: CliContext, se: str, reason: str) -> None:
@@ -222,7 +222,7 @@ def revoke(context: CliContext, se: str, reason: str) -> None:
 
 @command.command()
 @click.argument("se")
-@click.option("--reason", default="", help="Goes into the audit.")
+@reason_option
 @json_option
 @pass_context
 def release(context: CliContext, se: str, reason: str) -> None:
@@ -236,7 +236,7 @@ def release(context: CliContext, se: str, reason: str) -> None:
 
 @command.command("rotate-key")
 @click.argument("se")
-@click.option("--reason", default="", help="Goes into the audit.")
+@reason_option
 @json_option
 @pass_context
 def rotate_key(context: CliContext, se: str, reason: str) -> None:
@@ -247,7 +247,7 @@ def rotate_key(context: CliContext, se: str, reason: str) -> None:
 
 @command.command()
 @click.argument("se")
-@click.option("--reason", default="", help="Goes into the audit.")
+@reason_option
 @click.option("--yes", is_flag=True, help="Don't ask.")
 @json_option
 @pass_context

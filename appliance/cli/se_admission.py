@@ -8,7 +8,7 @@ from collections.abc import Callable
 import click
 
 from appliance.cli import output
-from appliance.cli.context import CliContext, json_option, pass_context, print_json
+from appliance.cli.context import CliContext, json_option, pass_context, print_json, reason_option
 from appliance.cli.operator import Operator
 from appliance.cli.output import Cell, Column
 from appliance.cli.recovery import print_warnings
@@ -69,7 +69,6 @@ def pending(context: CliContext) -> None:
 
 
 _SES = click.argument("ses", metavar="SE...", nargs=-1, required=True)
-_REASON = click.option("--reason", default="", help="Goes into the audit.")
 
 
 def _each(context: CliContext, ses: tuple[str, ...], work: Callable[[str], SeDetail], told: str) -> None:
@@ -95,7 +94,7 @@ def _by_fingerprint(operator: Operator, subject: str) -> tuple[str, str]:
 @click.command()
 @click.argument("ses", metavar="SE...", nargs=-1)
 @click.option("--receipts", is_flag=True, help="All that showed this restored controller a receipt that holds.")
-@_REASON
+@reason_option
 @json_option
 @pass_context
 def approve(context: CliContext, ses: tuple[str, ...], receipts: bool, reason: str) -> None:
@@ -131,7 +130,7 @@ def _approve_receipts(context: CliContext, operator: Operator, reason: str) -> N
 
 @click.command()
 @_SES
-@_REASON
+@reason_option
 @json_option
 @pass_context
 def reject(context: CliContext, ses: tuple[str, ...], reason: str) -> None:
@@ -145,7 +144,7 @@ def reject(context: CliContext, ses: tuple[str, ...], reason: str) -> None:
 
 @click.command()
 @_SES
-@_REASON
+@reason_option
 @json_option
 @pass_context
 def reinstate(context: CliContext, ses: tuple[str, ...], reason: str) -> None:

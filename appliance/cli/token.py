@@ -7,7 +7,7 @@ import time
 import click
 
 from appliance.cli import output, quantities
-from appliance.cli.context import CliContext, json_option, pass_context, print_json
+from appliance.cli.context import CliContext, json_option, pass_context, print_json, reason_option
 from appliance.cli.output import Cell, Column
 from appliance.errors import UsageError
 from appliance.protocol.operator import TokenView, TokenWish
@@ -96,7 +96,7 @@ def list_(context: CliContext) -> None:
 
 @command.command()
 @click.argument("token_id", metavar="ID")
-@click.option("--reason", default="", help="Goes into the audit.")
+@reason_option
 @json_option
 @pass_context
 def revoke(context: CliContext, token_id: str, reason: str) -> None:

@@ -30,7 +30,7 @@ def fleet_with_figures(lab: Lab, operator: Operator, *, say: Say) -> list[SeSumm
         if all(_is_complete(se) for se in fleet) or time.monotonic() > until:
             return fleet
         if not told:
-            say("waiting for the first figures of all SEs")
+            say(f"waiting for the first figures of all SEs, at most {FIGURES_S:.0f} s: CPU takes two samples")
             told = True
         time.sleep(POLL_S)
 

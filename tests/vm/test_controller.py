@@ -153,7 +153,7 @@ def test_an_operator_makes_it_a_controller(shell: Shell) -> None:
     for port in PORTS:
         assert held[port] == {"systemd", "appliance"}, held
     unit = shown(shell, DAEMON, "Type", "SubState", "StatusText", "MainPID", "User", "WatchdogUSec")
-    assert (unit["Type"], unit["SubState"], unit["WatchdogUSec"]) == ("notify", "running", "30s")
+    assert (unit["Type"], unit["SubState"], unit["WatchdogUSec"]) == ("notify", "running", "1min 30s")
     assert "enroll 8443, ssh 22, reverse 5097" in unit["StatusText"]
     assert shell.out(f"stat --format=%U /proc/{unit['MainPID']}") == "avictlruser"
     assert shell.json("appliance controller show")["addresses"] == [ADDRESS]
@@ -190,13 +190,19 @@ def test_sockets_are_held_while_the_daemon_is_away_and_a_call_starts_it(shell: S
 def test_a_hanging_daemon_is_killed_by_the_watchdog_and_comes_back(shell: Shell) -> None:
     told_controller(shell)
     before = shown(shell, DAEMON, "MainPID", "NRestarts")
+    shell.run("cp /run/appliance/health.json /run/appliance/last-words")
     shell.run(f"kill -STOP {before['MainPID']}")
+    found = shell.json("appliance doctor", check=False)
+    assert "is stopped" in next(one["text"] for one in found["findings"] if one["check"] == "daemon")
     shell.until(
         f"systemctl show {DAEMON} --property=NRestarts,SubState",
         shows=f"NRestarts={int(before['NRestarts']) + 1}\nSubState=running",
         deadline_s=900,
     )
     assert shown(shell, DAEMON, "MainPID")["MainPID"] != before["MainPID"]
+    shell.run(
+        "test -e /run/appliance/last-words"
+    )  # what a killed daemon said of itself stays until the next one speaks
     assert "Watchdog timeout" in shell.out(f"journalctl --unit={DAEMON} --no-pager --lines=60")
     shell.run("appliance controller show")
 

@@ -21,15 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_bundle import Cluster
+from cluster_bundle import NOW, Cluster
 from rig import running, until
 
 from appliance.errors import ApplianceError
+from appliance.pki import sealed
+from appliance.pki.secret import Secret
 from image_builder import verify as verifying
 from image_builder.steps import Silent
 
 MIB = 1 << 20
 AT = 1_750_000_000
+PASSPHRASE = Secret(b"five random words or more")
 LIBC = b"GNU C Library (Debian GLIBC 2.36-9) stable release version 2.36.\n"
 TOOLS = ("qemu-img", "qemu-io", "mcopy", "mformat", "sgdisk", "sfdisk", "mke2fs")
 
@@ -304,6 +307,9 @@ def test_a_private_key_on_the_disk_is_found(tmp_path: Path, baker: Baker, cluste
         ("root", cluster.authority.key_file().reveal(), "a root CA's"),
         ("node", cluster.host_key.reveal(), "the SSH host key of node 1"),
         ("other", Cluster().authority.key_file().reveal(), "a private key (PKCS #8)"),
+        ("sealed", cluster.authority.key_file(PASSPHRASE).reveal(), "a root CA's"),
+        ("sealed-other", Cluster().authority.key_file(PASSPHRASE).reveal(), "a sealed root key"),
+        ("backup", sealed.seal(b"all", PASSPHRASE, magic=sealed.BACKUP, about={}), "a sealed backup of a controller"),
     ):
         changed = tmp_path / name
         content = bytearray(image.read_bytes())
@@ -321,6 +327,16 @@ def test_a_private_key_on_the_disk_is_found(tmp_path: Path, baker: Baker, cluste
 def test_a_system_with_a_key_of_the_cluster_is_refused(tmp_path: Path, baker: Baker, cluster: Cluster) -> None:
     base = make_system(tmp_path / "base.qcow2", content=LIBC + cluster.authority.key_file().reveal())
     assert "a root CA's" in baker.refused(base)
+
+
+def test_a_system_that_was_a_controller_is_refused(tmp_path: Path, baker: Baker) -> None:
+    """Of any cluster: the bundle tells nothing of its keys, their certificates do."""
+    other = Cluster().authority
+    node = other.issue_node(node=3, addresses=["192.0.2.3"], now=NOW)
+    base = make_system(tmp_path / "node.qcow2", content=LIBC + node.certificate_pem + node.key.reveal())
+    assert f"node 3's, of cluster {other.cluster_id}" in baker.refused(base)
+    locked = make_system(tmp_path / "locked.qcow2", content=LIBC + other.key_file(PASSPHRASE).reveal())
+    assert "a sealed root key lies on it" in baker.refused(locked)
 
 
 def test_an_old_c_library_is_refused_by_name(tmp_path: Path, baker: Baker) -> None:

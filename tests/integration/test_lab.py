@@ -17,6 +17,8 @@ from appliance.errors import ChildError
 from appliance.runtime import child
 
 QUICK = ("--set", "controller.heartbeat_interval_s=1", "--set", "se.telemetry_interval_s=1")
+CURVE25519 = ("--set", "controller.allow_curve25519=true")
+"""Stock SSH clients of Debian 12 know no post-quantum key exchange."""
 
 
 def lab(root: Path, verb: str, *words: str, options: tuple[str, ...] = ()) -> child.Completed:
@@ -35,7 +37,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     # pytest's directories are too deep for unix sockets
     path = tmp_path_factory.getbasetemp().parent / f"lab-{os.getpid()}"
     try:
-        lab(path, "up", "--ses", "2", options=QUICK)
+        lab(path, "up", "--ses", "2", options=QUICK + CURVE25519)
         yield path
     finally:
         if (path / "lab.json").exists():
@@ -47,7 +49,9 @@ def test_status_names_what_an_outside_client_needs(root: Path) -> None:
     told = status(root)
     controller = told["controller"]
     assert controller["running"]
-    for path in ("operator_socket", "root_certificate", "login_key", "state", "settings", "log", "bundle"):
+    assert told["trouble"] == ""
+    paths = {"operator_socket", "root_certificate", "trust_document", "ssh_host_key", "login_key", "bundle"}
+    for path in paths | {"state", "settings", "log", "health"}:
         assert Path(controller[path]).exists(), path
     with urllib.request.urlopen(controller["metrics_url"], timeout=10) as answer:
         assert b"appliance_ses" in answer.read()
@@ -55,13 +59,32 @@ def test_status_names_what_an_outside_client_needs(root: Path) -> None:
     assert {se["address"] for se in told["ses"]} == {"127.1.0.1", "127.1.0.2"}
     for se in told["ses"]:
         assert (se["running"], se["sshd_running"], se["fleet_state"]) == (True, True, "UP")
-        for path in ("seed", "state", "settings", "log", "sshd_log", "sshd_host_key"):
+        for path in ("seed", "state", "identity", "settings", "log", "health", "sshd_log", "sshd_host_key"):
             assert Path(se[path]).exists(), path
 
 
 def test_the_reverse_path_leads_to_each_ses_own_sshd(root: Path) -> None:
     for se in status(root)["ses"]:
         assert child.run([*se["ssh"], 'echo "$APPLIANCE_SE"'], timeout_s=30).stdout == f"{se['name']}\n"
+
+
+def test_stock_tools_find_every_door_by_the_status_alone(root: Path) -> None:
+    told = status(root)
+    controller = told["controller"]
+    door = controller["enroll_url"].removeprefix("https://").partition("/")[0]
+    root_ca = ["-CAfile", controller["root_certificate"], "-verify_return_error"]
+    tls = child.run(["openssl", "s_client", "-connect", door, *root_ca, "-brief"], timeout_s=30)
+    assert "Verification: OK" in tls.stderr
+    scan = ["ssh-keyscan", "-t", "ed25519", "-p", str(controller["ssh_port"]), controller["ssh_host"]]
+    assert Path(controller["ssh_host_key"]).read_text().split()[1] in child.run(scan, timeout_s=30).stdout
+    keys = ["-i", controller["login_key"], "-o", f"UserKnownHostsFile={told['known_hosts']}", "-o", "BatchMode=yes"]
+    to_gateway = [f"{controller['ssh_user']}@{controller['ssh_host']}", "id"]
+    refused = ["ssh", "-F", "none", *keys, "-o", "StrictHostKeyChecking=no", "-p", str(controller["ssh_port"])]
+    with pytest.raises(ChildError, match="Permission denied"):  # that key opens SEs, not the gateway
+        child.run([*refused, *to_gateway], timeout_s=30)
+    for se in told["ses"]:
+        over = ["ssh", "-F", "none", *keys, "-p", str(controller["reverse_port"]), f"{told['user']}@{se['address']}"]
+        assert child.run([*over, 'echo "$APPLIANCE_SE"'], timeout_s=30).stdout == f"{se['name']}\n"
 
 
 def test_keys_and_seeds_are_not_for_other_users(root: Path) -> None:

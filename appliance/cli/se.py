@@ -14,6 +14,7 @@ from appliance.cli.context import CliContext, json_option, pass_context, print_j
 from appliance.cli.output import Cell, Column
 from appliance.cli.se_admission import name as _name
 from appliance.errors import UsageError
+from appliance.protocol.enroll import SeStatus
 from appliance.protocol.fleet import Reason, SeSummary, State
 from appliance.protocol.operator import SeDetail
 
@@ -207,6 +208,28 @@ def _print_detail(context: CliContext, detail: SeDetail) -> None:
 def show(context: CliContext, se: str) -> None:
     """Shows all that is known of SE (number, name, se_id or address)."""
     _print_detail(context, context.operator.se(se))
+
+
+@command.command("known-hosts")
+@click.argument("host")
+@pass_context
+def known_hosts(context: CliContext, host: str) -> None:
+    """Prints the known_hosts lines of the SE at HOST, for ssh over the reverse path.
+
+    HOST is its address, or `[address]:port`. OpenSSH asks for them itself with, in ssh_config,
+    `KnownHostsCommand /usr/bin/appliance se known-hosts %H` (an absolute path). Only an enrolled SE has any.
+    """
+    from appliance.pki import ssh_keys
+    from appliance.protocol.address import se_number
+
+    number = se_number(host.removeprefix("[").partition("]")[0])
+    if number is None:
+        raise UsageError(f"{host!r} is no SE's address", hint="127.1.0.1 is SE 1; `appliance se list` shows all")
+    detail = context.operator.se(str(number))
+    if detail.status != SeStatus.ENROLLED.value:
+        raise UsageError(f"{_name(detail)} is {detail.status}: its host keys count for nothing")
+    for key in detail.host_keys:
+        click.echo(ssh_keys.known_hosts_line([host], key))
 
 
 @command.command()

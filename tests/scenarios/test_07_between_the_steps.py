@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from lab_rig import RealSe, Site, no_leak, resources, site
 from rig import until
 
+from appliance.pki.identity import Identity
 from appliance.protocol.why import Step, StepResult
 
 CRASH = """
@@ -116,6 +119,53 @@ def test_sshd_behind_the_reverse_path_goes_and_comes_back(place: tuple[Site, Rea
     half = {link.step: link.result for link in se.why().steps}
     assert half[Step.REVERSE] is StepResult.OK
     assert se.logged().count("linked -> up") == links, "the link itself lived through it"
+
+
+def reached(at: Site, se: RealSe) -> subprocess.CompletedProcess[str]:
+    """Runs `echo` on the SE over the reverse path with stock ssh, which asks the controller for the host key."""
+    asks = f"{sys.executable} -m appliance --root {at.controller.root} se known-hosts %H"
+    options = [
+        f"KnownHostsCommand={asks}", "UserKnownHostsFile=/dev/null", "GlobalKnownHostsFile=/dev/null",
+        "StrictHostKeyChecking=yes", "BatchMode=yes", "IdentitiesOnly=yes",
+    ]  # fmt: skip
+    line = [
+        "ssh", "-F", "none", "-i", str(at.controller.paths.controller_state / "id_se"),
+        "-p", str(at.controller.bound["reverse_port"]), *(word for option in options for word in ("-o", option)),
+        f"{se.user}@{at.controller.operator.se(se.name).summary.address}", "echo", "reached",
+    ]  # fmt: skip
+    return subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_ssh_asks_the_controller_for_an_ses_host_key(place: tuple[Site, RealSe]) -> None:
+    """OpenSSH's KnownHostsCommand: the key that the SE enrolled with, no other, and none of an SE that is revoked."""
+    at, se = place
+    at.until_up(se)
+    done = reached(at, se)
+    assert (done.returncode, done.stdout) == (0, "reached\n"), done.stderr
+    assert at.controller.command("se", "known-hosts", "[127.1.0.1]:5097").stdout.startswith("[127.1.0.1]:5097 ssh-")
+    for text in ("127.1.0.9", "localhost", "10.0.0.1", "[127.1.0.1", "127.1.0.1 127.1.0.2"):
+        nobody = at.controller.command("se", "known-hosts", text, check=False)
+        assert nobody.returncode != 0, text
+        assert not nobody.stdout, text
+    # Another key behind the same address is not believed.
+    key = at.layout.host_key(se.name)
+    content = key.read_bytes()
+    se.stop_sshd()
+    try:
+        key.write_bytes(Identity.create().openssh().reveal())
+        se.start_sshd()
+        done = reached(at, se)
+        assert done.returncode == 255
+        assert "HOST IDENTIFICATION HAS CHANGED" in done.stderr
+    finally:
+        se.stop_sshd()
+        key.write_bytes(content)
+        se.start_sshd()
+    at.controller.operator.revoke_se("se-1", reason="test")
+    revoked = at.controller.command("se", "known-hosts", "127.1.0.1", check=False)
+    assert "is revoked" in revoked.stderr
+    at.controller.operator.reinstate_se("se-1", reason="test")
+    at.until_up(se)
 
 
 def test_many_reverse_connections_leave_nothing_behind(place: tuple[Site, RealSe]) -> None:

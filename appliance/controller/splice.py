@@ -14,7 +14,7 @@ from typing import cast
 import asyncssh
 
 from appliance.controller.link import Link
-from appliance.controller.pace import LOOK_AGAIN_S, may_feed, paced
+from appliance.controller.pace import LOOK_AGAIN_S, PacedConnection, may_feed, paced
 from appliance.protocol.window import Window
 
 EARLY_BYTES = 1024 * 1024
@@ -100,9 +100,9 @@ class TcpEnd(asyncio.BufferedProtocol):
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        if self.channel is not None:
-            if (conn := paced(self.channel)) is not None:
-                conn.leave(self)
+        if self.channel is not None and self._link is not None:
+            # By the link: a channel that is closed has no connection any more, and asyncssh asserts that it has.
+            cast("PacedConnection", self._link.conn).leave(self)
             self.channel.close()
         self.closed.set()
 

@@ -43,6 +43,7 @@ _PACKAGES = {
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
     "qemu-system-x86_64": "qemu-system-x86",
+    "rsvg-convert": "librsvg2-bin",
     "sfdisk": "fdisk",
     "sgdisk": "gdisk",
     "ssh": "openssh-client",

@@ -1,6 +1,6 @@
 """How a controller's cost grows with its fleet: the fleet bench at several sizes, as data, a drawing and a table.
 
-Writes docs/fleet-growth.json (the rows as measured), docs/fleet-growth.svg, and the table between two marks in
+Writes docs/fleet-growth.json (the rows as measured), docs/fleet-growth.svg and .png, and the table between two marks in
 docs/performance.md; nothing there is written by hand.
 """
 
@@ -13,13 +13,16 @@ from collections.abc import Sequence
 
 import msgspec
 
+from appliance.runtime import child
 from bench import fleet
+from bench.processes import BenchError
 from bench.report import Report, Row, dated, number
 from bench.stand import PROJECT, Options, Stand
 
 SIZES = (100, 1000, 2000, 5000, 10_000)
 DATA = PROJECT / "docs/fleet-growth.json"
 DRAWING = PROJECT / "docs/fleet-growth.svg"
+PICTURE = DRAWING.with_suffix(".png")
 PAGE = PROJECT / "docs/performance.md"
 BEGIN, END = "<!-- scripts/bench growth begins -->", "<!-- scripts/bench growth ends -->"
 STEADY_S = 60.0
@@ -38,6 +41,8 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
 def run(stand: Stand, options: Options) -> Report:
     """Measures all sizes up to `options.ses`, and writes what came out."""
     points: list[Point] = []
+    if child.find_program("rsvg-convert") is None:  # before half an hour of measuring, not after it
+        raise BenchError(f"there is no rsvg-convert: apt-get install {child.package_of('rsvg-convert')}")
     sizes = [size for size in SIZES if size <= options.ses]
     for ses in sizes:
         stand.say(f"a fleet of {ses}")
@@ -49,12 +54,13 @@ def run(stand: Stand, options: Options) -> Report:
         # After each one: what is measured isn't lost where a later size fails.
         DATA.write_bytes(msgspec.json.format(msgspec.json.encode(points), indent=1) + b"\n")
     DRAWING.write_text(drawing(points), encoding="utf-8")
+    child.run(["rsvg-convert", "--zoom", "2", "--output", str(PICTURE), str(DRAWING)], timeout_s=60)
     PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8"), points), encoding="utf-8")
     rows = [
         msgspec.structs.replace(row, name=f"{row.name}@{point.ses}") for point in points for row in point.report.rows
     ]
     notes = [f"{point.ses}: {note}" for point in points for note in point.report.notes]
-    written = ", ".join(path.name for path in (DATA, DRAWING, PAGE))
+    written = ", ".join(path.name for path in (DATA, DRAWING, PICTURE, PAGE))
     return Report(bench="growth", rows=rows, notes=[*notes, f"written: {written}"])
 
 

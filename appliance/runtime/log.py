@@ -20,10 +20,12 @@ from typing import Any, TextIO
 QUEUE_RECORDS = 4096
 CLOSE_TIMEOUT_S = 2.0
 GATHER_S = 0.02
-"""What a process that is killed may owe to its log."""
+"""Least time between two writes: what a process that is killed while it logs much may owe to its log."""
 _ROOT = "appliance"
 
 Form = Callable[[logging.LogRecord], str]
+_Queued = logging.LogRecord | threading.Event | None
+"""A record; an event that is set once all before it is written; None ends."""
 
 
 class _StageAdapter(logging.LoggerAdapter[logging.Logger]):
@@ -47,7 +49,7 @@ def setup(*, level: str, stream: TextIO, json: bool) -> Callable[[], None]:
         stream: text stream; it may fail or block.
         json: JSON lines, or text for people.
     """
-    records: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    records: queue.SimpleQueue[_Queued] = queue.SimpleQueue()
     entry = _Entry(records)
     own, root = logging.getLogger(_ROOT), logging.getLogger()
     former = own.level, root.level
@@ -68,7 +70,7 @@ def setup(*, level: str, stream: TextIO, json: bool) -> Callable[[], None]:
 class _Entry(logging.handlers.QueueHandler):
     """Puts records into the queue, or counts them."""
 
-    def __init__(self, records: queue.SimpleQueue[Any]) -> None:
+    def __init__(self, records: queue.SimpleQueue[_Queued]) -> None:
         super().__init__(records)
         self._records = records
         self._dropped = 0
@@ -98,14 +100,27 @@ class _Entry(logging.handlers.QueueHandler):
             self._dropped = 0
         self._records.put(record)
 
+    def drain(self) -> None:
+        """See the function of that name."""
+        written = threading.Event()
+        self._records.put(written)
+        written.wait(CLOSE_TIMEOUT_S)
+
+
+def drain() -> None:
+    """Waits until what was logged so far is written, two seconds at most: the writer doesn't survive an exec."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _Entry):
+            handler.drain()
+
 
 class _Writer:
-    """The thread that writes: what came within `GATHER_S` of a record goes out with it, as one write.
+    """The thread that writes: a record at once, and what comes within `GATHER_S` after it as one write.
 
     A write for each record would cost a daemon under load a switch between threads for each, more than the record.
     """
 
-    def __init__(self, records: queue.SimpleQueue[logging.LogRecord | None], stream: TextIO, form: Form) -> None:
+    def __init__(self, records: queue.SimpleQueue[_Queued], stream: TextIO, form: Form) -> None:
         self._records = records
         self._stream = stream
         self._form = form
@@ -115,17 +130,20 @@ class _Writer:
         self._thread.start()
 
     def _run(self) -> None:
-        while (record := self._records.get()) is not None:
-            self._ends.wait(GATHER_S)
-            lines = [self._form(record)]
+        taken: list[_Queued] = []
+        while None not in taken:
+            taken = [self._records.get()]
             with contextlib.suppress(queue.Empty):
-                while (record := self._records.get_nowait()) is not None:
-                    lines.append(self._form(record))
+                while True:
+                    taken.append(self._records.get_nowait())
+            lines = [f"{self._form(entry)}\n" for entry in taken if isinstance(entry, logging.LogRecord)]
             with contextlib.suppress(OSError, ValueError):  # there is no place to say that the log can't be written
-                self._stream.write("".join(f"{line}\n" for line in lines))
+                self._stream.write("".join(lines))
                 self._stream.flush()
-            if record is None:
-                return
+            for entry in taken:
+                if isinstance(entry, threading.Event):
+                    entry.set()
+            self._ends.wait(GATHER_S)
 
     def stop(self) -> None:
         """Waits until what is queued is written, at most two seconds."""

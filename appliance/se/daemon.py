@@ -10,12 +10,9 @@ links the daemon ends and is started anew; telemetry and the forward side are st
 
 from __future__ import annotations
 
-import logging.handlers
 import os
-import queue
 import sys
 from functools import partial
-from typing import Any
 
 import msgspec
 
@@ -103,21 +100,8 @@ def _start_over() -> None:
         }
     _log.info("the daemon starts over: only enrolling needs what enrolling loads")
     systemd.notify("STATUS=starting over" + systemd.watchdog_limit(START_OVER_S))
-    _flush_log()
+    log.drain()
     os.execve(command[0], command, environment)  # noqa: S606 - ourselves, with our own arguments
-
-
-def _flush_log() -> None:
-    """Waits until what was logged is written: the writer thread doesn't survive exec."""
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.handlers.QueueHandler) and isinstance(handler.queue, queue.Queue):
-            records = handler.queue
-            with records.all_tasks_done:
-                records.all_tasks_done.wait_for(partial(_is_written, records), log.CLOSE_TIMEOUT_S)
-
-
-def _is_written(records: queue.Queue[Any]) -> bool:
-    return not records.unfinished_tasks
 
 
 def _enroll(

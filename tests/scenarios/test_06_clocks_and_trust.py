@@ -154,6 +154,6 @@ def test_an_expired_node_certificate(tmp_path_factory: pytest.TempPathFactory) -
         settings = at.controller.paths.settings_file
         settings.write_text(settings.read_text().partition("[clock]")[0])
         at.controller.start()
-        assert "the node certificate was renewed" in at.controller.log.read_text()
+        until(lambda: "the node certificate was renewed" in at.controller.log.read_text(), what="it is renewed")
         at.until_up(knowing)
         at.until_state(guessing, "DEGRADED CLOCK_SKEW")

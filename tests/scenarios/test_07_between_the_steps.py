@@ -79,8 +79,8 @@ def test_a_first_boot_while_whatever_answers_hangs_up(place: tuple[Site, RealSe]
     try:
         se = at.se("se-3", settings={"redial_most_s": 0.2}).start()
         until(lambda: se.logged().count("it will be tried again") >= 15, what="the SE tries again and again")
-        told = until(lambda: se.failed(Step.TLS), what="the SE says why")
-        assert "no TLS with 127.0.0.1:" in told
+        # Now and then it hangs up so early that the connection itself is what fails.
+        until(lambda: "no TLS with 127.0.0.1:" in se.failed(Step.TLS), what="the SE says why")
     finally:
         at.controller.start()
     for each in (first, se):

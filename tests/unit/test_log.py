@@ -169,3 +169,51 @@ def test_closing_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None
     stream.release.set()
     thread.join(10.0)
     assert [line["message"] for line in lines(stream)] == ["0", "1"]
+
+
+def test_draining_waits_until_all_before_it_is_written() -> None:
+    """What a daemon that executes itself anew would else lose with its writer thread."""
+    stream = io.StringIO()
+    close = log.setup(level="info", stream=stream, json=True)
+    logger = log.bind("enroll")
+    for number in range(50):
+        logger.info(str(number))
+        if number % 10 == 9:
+            log.drain()
+            assert len(lines(stream)) == number + 1
+    close()
+    log.drain()  # nothing is there to wait for
+
+
+def test_draining_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "CLOSE_TIMEOUT_S", 0.05)
+    stream = Blocked()
+    close = log.setup(level="info", stream=stream, json=True)
+    log.bind("enroll").info("0")
+    log.drain()
+    stream.release.set()
+    close()
+
+
+class Counted(io.StringIO):
+    """Counts writes."""
+
+    writes = 0
+
+    def write(self, text: str) -> int:
+        self.writes += 1
+        return super().write(text)
+
+
+def test_a_record_is_written_at_once_and_a_flood_in_few_writes() -> None:
+    stream = Counted()
+    close = log.setup(level="info", stream=stream, json=True)
+    logger = log.bind("enroll")
+    logger.info("first")
+    log.drain()
+    assert stream.writes <= 2
+    for number in range(1000):
+        logger.info(str(number))
+    close()
+    assert len(lines(stream)) == 1001
+    assert stream.writes < 100

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import ssl
 import time
 import uuid
@@ -91,6 +92,12 @@ class Beats:
     rtts_s: list[float] = field(default_factory=list)
 
 
+@functools.lru_cache(maxsize=8)
+def _context(roots: tuple[str, ...]) -> ssl.SSLContext:
+    """One for all SEs with the same roots, which a real SE has to itself."""
+    return tls.client_context(list(roots))
+
+
 class SharedSshd:
     """The SSH server behind the reverse paths of all SEs of a process: serves the channels themselves, without a port.
 
@@ -158,7 +165,7 @@ class SimulatedSe:
 
     async def _tls(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         host, port = parse_endpoint(self.bundle.controllers[0], default_port=8443)
-        context = tls.client_context(self._roots())
+        context = _context(tuple(self._roots()))
         reader, writer = await asyncio.open_connection(host, port, ssl=context, ssl_handshake_timeout=REQUEST_TIMEOUT_S)
         session: ssl.SSLObject = writer.get_extra_info("ssl_object")
         tls.check_peer(tls.peer_chain(session), cluster_id=self.bundle.cluster_id, revoked_node_keys=())

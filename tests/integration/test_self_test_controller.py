@@ -30,7 +30,7 @@ async def foreign_listen(se: SimulatedSe) -> None:
     """Asks for another SE's address, and is refused."""
     assert se.conn is not None
     with pytest.raises(asyncssh.ChannelListenError):
-        await se.conn.forward_remote_port("127.1.9.9", 5097, "127.0.0.1", se.sshd_port)
+        await se.conn.forward_remote_port("127.1.9.9", 5097, "127.0.0.1", 22)
 
 
 def refused(controller: RunningController) -> dict[str, int]:

@@ -21,6 +21,7 @@ import msgspec
 from appliance.controller.attempts import Attempts
 from appliance.controller.fleet import HEARTBEATS_AN_INTERVAL, Fleet, ping
 from appliance.controller.link import Link
+from appliance.controller.pace import paced
 from appliance.controller.rate import Rates
 from appliance.controller.records import SeRecord
 from appliance.controller.safekeeping import Safekeeping
@@ -59,6 +60,8 @@ Answered = TypeVar("Answered")
 TICKET_BYTES = 16
 ALARMS_PER_H = 6
 """Copies and roll-backs of one SE that are told and audited: who has its key must not fill the audit with hellos."""
+RESTS_S = 0.05
+"""How long a link isn't read after each heartbeat too many: a flood of them is then twenty a second."""
 REFUSED_STAYS_S = 1.0
 """How long a link whose hello was refused stays open, for the answer to get out."""
 
@@ -306,6 +309,8 @@ class ChannelApi:
         if not link.confirmed and not link.quarantined:
             raise _refuse(409, "TUNNEL-025", "Hello was not confirmed on this link", "Say hello and confirm first.")
         if wait_s := self._fleet.overdone_s(link):
+            # Nothing more is read of it either: each of them, with what it carries, takes time from the others.
+            paced(link.conn).rest(RESTS_S)
             title = f"More than {HEARTBEATS_AN_INTERVAL} heartbeats an interval"
             refusal = simple_problem(429, "TUNNEL-045", title, advice="Wait as told; the link stays.")
             raise ProblemError(msgspec.structs.replace(refusal, retry_after_s=math.ceil(wait_s)))

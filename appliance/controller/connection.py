@@ -11,6 +11,8 @@ exchange, also on the side that uses none.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import hashlib
 import logging
 import socket
@@ -24,6 +26,7 @@ from asyncssh.kex import register_kex_alg
 from asyncssh.kex_dh import _KexHybridECDH
 from asyncssh.logging import SSHLogger
 
+from appliance.controller.acceptor import Acceptor
 from appliance.controller.listener import peer_address
 from appliance.controller.pace import PacedConnection
 from appliance.controller.rate import network_of
@@ -127,8 +130,18 @@ class Door:
         self._refused = refused
         self._line: Line[_Waiting] = Line()
 
+    def glance(self, network: str) -> bytes | None:
+        """What to say to a connection from `network` before it is closed at once; None where it may come in."""
+        line, slots = self._line, self._slots
+        if not line and slots.may_enter():
+            return None
+        if len(line) >= self._most or line.of(network) >= self._most_per_source:
+            self._refused()
+            return b""
+        return None if len(line) < slots.places else slot_line(slots.slot(self._loop.time()))
+
     def came(self, waiting: _Waiting) -> None:
-        """A connection was accepted."""
+        """A connection was accepted; others may have come since the glance at it."""
         line, slots = self._line, self._slots
         if not line and slots.may_enter():
             self._begin(waiting)
@@ -172,11 +185,38 @@ class Door:
         waiting.transport.close()
 
 
-async def listen(
-    sock: socket.socket, make_door: Callable[[asyncssh.SSHServerConnectionOptions], Door], **terms: Any
-) -> tuple[asyncssh.SSHAcceptor, Door]:
-    """Accepts connections on a bound socket behind a door; `terms` are of `asyncssh.SSHServerConnectionOptions`."""
+def listen(
+    sock: socket.socket, make_door: Callable[[asyncssh.SSHServerConnectionOptions], Door], *,
+    has_room: Callable[[str], bool] = lambda _source: True, **terms: Any,
+) -> tuple[asyncssh.SSHAcceptor, Door]:  # fmt: skip
+    """Accepts connections on a bound socket behind a door; `terms` are of `asyncssh.SSHServerConnectionOptions`.
+
+    Who comes from a source that `has_room` doesn't want is closed, and whom the door would turn away is, before anything
+    is made for it.
+    """
+    loop = asyncio.get_running_loop()
     options = asyncssh.SSHServerConnectionOptions(config=None, **terms)
     door = make_door(options)
-    server = await asyncio.get_running_loop().create_server(lambda: _Waiting(door), sock=sock, backlog=BACKLOG)
-    return asyncssh.SSHAcceptor(server, options), door
+    beginning: set[asyncio.Task[Any]] = set()
+
+    def take(connection: socket.socket, name: Any) -> bool:
+        source = peer_address(name)
+        last_word = door.glance(network_of(source)) if has_room(source) else b""
+        if last_word is not None:
+            with contextlib.suppress(OSError):  # it hung up, or can't take forty bytes: it comes back by itself
+                connection.send(last_word)
+            connection.close()
+            return False
+        task = loop.create_task(loop.connect_accepted_socket(lambda: _Waiting(door), connection))
+        beginning.add(task)
+        task.add_done_callback(functools.partial(begun, connection))
+        return True
+
+    def begun(connection: socket.socket, task: asyncio.Task[Any]) -> None:
+        beginning.discard(task)
+        if task.cancelled() or task.exception() is not None:
+            connection.close()
+
+    sock.listen(BACKLOG)
+    acceptor = Acceptor(sock, take, what="SSH")
+    return asyncssh.SSHAcceptor(acceptor, options), door  # type: ignore[arg-type]  # it has what is asked of one

@@ -69,7 +69,7 @@ class Controller:
             max_per_source=parts.settings.controller.max_unauthenticated_per_source,
             on_handshake=self._handshake,
         )
-        acceptor = parts.acceptor = await parts.gateway.listen(parts.sockets.ssh, parts.material.files.host_key)
+        acceptor = parts.acceptor = parts.gateway.listen(parts.sockets.ssh, parts.material.files.host_key)
         parts.rotation.resume()
         operator = await loop.create_unix_server(
             lambda: parts.operator_front.protocol(identify=_actor), sock=parts.sockets.operator

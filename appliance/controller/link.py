@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+REFUSALS_PER_S, REFUSAL_BURST = 20.0, 100.0
+"""What a link may ask for that it can't have."""
+REFUSED_RESTS_S = 0.02
+"""For how long it isn't read after each of the others: a flood of them takes a tenth of the time."""
 HEARTBEAT_BURST = 60
 """Heartbeats that a link may send at once."""
 WINDOW_S = 30.0
@@ -102,6 +106,7 @@ class Link:
         "spool_bytes",
         "thumbprint",
         "ticket",
+        "tries",
         "trust_version",
         "was_rtt_high",
     )
@@ -181,6 +186,15 @@ class Link:
             rolled_back=self.rolled_back,
             open_doors=self.open_doors,
         )
+
+    tries: Bucket
+    """What it may still be refused before it has to wait; there from its first refusal beside its self-test on."""
+
+    def was_refused(self, now: float) -> bool:
+        """Notes a refusal; returns whether nothing more of this link shall be read for `REFUSED_RESTS_S`."""
+        if not hasattr(self, "tries"):
+            self.tries = Bucket(REFUSAL_BURST, now)
+        return not self.tries.take(now, rate_per_s=REFUSALS_PER_S, burst=REFUSAL_BURST)
 
     def close(self, reason: Reason, text: str) -> None:
         """Closes the link now; a peer that no longer reads can't hold it up."""

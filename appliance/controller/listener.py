@@ -23,6 +23,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from appliance.controller.acceptor import Acceptor
 from appliance.controller.rate import network_of
 
 _log = logging.getLogger(__name__)
@@ -243,34 +244,30 @@ class TlsListener:
 
     async def run(self) -> None:
         """Accepts until cancelled."""
-        loop = asyncio.get_running_loop()
-        self._sock.setblocking(False)
+        acceptor = Acceptor(self._sock, self._take, what="enrollment")
         try:
-            while True:
-                try:
-                    connection, name = await loop.sock_accept(self._sock)
-                except OSError as error:
-                    # Out of descriptors: the backlog keeps them; trying again at once would spin.
-                    _log.error("can't accept on the enrollment port: %s", error)
-                    await asyncio.sleep(0.2)
-                    continue
-                source = peer_address(name)
-                network = network_of(source)
-                if not self._has_room(network):
-                    self.refused += 1
-                    self._front.refusals["connection"] += 1
-                    connection.close()
-                    continue
-                # Counted here: a task that was made has not begun yet when the next connection is accepted.
-                self._open[network] += 1
-                task = asyncio.create_task(self._serve(connection, source, network))
-                self._tasks.add(task)
-                task.add_done_callback(functools.partial(self._served, connection, network))
+            await asyncio.Event().wait()
         finally:
+            acceptor.stop()
             self._front.close()
             for task in list(self._tasks):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _take(self, connection: socket.socket, name: Any) -> bool:
+        source = peer_address(name)
+        network = network_of(source)
+        if not self._has_room(network):
+            self.refused += 1
+            self._front.refusals["connection"] += 1
+            connection.close()
+            return False
+        # Counted here: a task that was made has not begun yet when the next connection is accepted.
+        self._open[network] += 1
+        task = asyncio.create_task(self._serve(connection, source, network))
+        self._tasks.add(task)
+        task.add_done_callback(functools.partial(self._served, connection, network))
+        return True
 
     def _has_room(self, network: str) -> bool:
         """Whether one more may come from `network`, where need be in the place of one that rests."""

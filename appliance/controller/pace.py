@@ -1,15 +1,19 @@
-"""What asyncssh has not: back-pressure from a connection's socket to those who fill its channels.
+"""What asyncssh has not: back-pressure from a connection's socket to those who fill its channels, and an end to a turn.
 
 asyncssh takes all it is given and keeps it for a peer that doesn't read. Here whoever has bulk for a link (a `Feeder`)
 asks `may_feed` first; it stops while the socket takes nothing more, while its channel waits for the peer's window, and
 while keys are exchanged, and is told when it may go on. So heartbeats' answers find at most what
 `protocol.window.Rate.queue_bytes` says before them. Those who waited longest go on first.
+
+And what a peer sent is read only for so long in one turn of the loop: a quarter of a megabyte of requests that are
+refused one by one would keep all other links waiting. `rest` leaves a peer unread for a while.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from typing import Any, Protocol, cast
 
 import asyncssh
@@ -17,6 +21,8 @@ from asyncssh.connection import SSHConnection
 
 from appliance.protocol.window import Rate
 
+TURN_S = 0.002
+"""How long packets of one peer are read in one turn of the loop: an honest one's are read within half of it."""
 LOOK_AGAIN_S = 0.02
 """How often a feeder looks whether new keys are there: asyncssh tells nobody."""
 
@@ -62,6 +68,41 @@ class PacedConnection(SSHConnection):
 
     is_full = False
     pace: Pace | None = None
+    rests = False
+    """Whether nothing is read of it for now."""
+
+    def _recv_data(self) -> None:
+        """Reads what came, as asyncssh does, for `TURN_S` at most."""
+        if self.rests:
+            return
+        self._reset_keepalive_timer()
+        ends_at = time.monotonic() + TURN_S
+        try:
+            while self._inpbuf and self._recv_handler():
+                if time.monotonic() > ends_at:
+                    self.rest(0.0)
+                    break
+        except asyncssh.DisconnectError as error:
+            self._send_disconnect(error.code, error.reason, error.lang)
+            self._force_close(error)
+        except Exception:  # noqa: BLE001 - foreign bytes; asyncssh closes the connection and tells its owner
+            self.internal_error()
+
+    def rest(self, seconds: float) -> None:
+        """Reads nothing of the peer for so long: until the next turn for 0."""
+        if self.rests or self._transport is None:
+            return
+        self.rests = True
+        if self._transport.is_reading():
+            self._transport.pause_reading()
+        self._loop.call_later(seconds, self._read_on)
+
+    def _read_on(self) -> None:
+        self.rests = False
+        if self._transport is not None and not self._transport.is_closing():
+            self._recv_data()
+        if not self.rests and self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
 
     def pause_writing(self) -> None:
         """Called by the transport."""
@@ -92,11 +133,11 @@ class PacedConnection(SSHConnection):
             self.pace.feeders.pop(feeder, None)
 
 
-def paced(channel: asyncssh.SSHTCPChannel[Any]) -> PacedConnection:
-    """The connection of a channel."""
-    return cast("PacedConnection", channel.get_connection())
+def paced(connection: SSHConnection) -> PacedConnection:
+    """A connection of the gateway as what it is."""
+    return cast("PacedConnection", connection)
 
 
 def may_feed(channel: asyncssh.SSHTCPChannel[Any]) -> bool:
     """Whether a channel takes more now, as far as its peer's window and its connection go; keys are asked for apart."""
-    return not channel.get_write_buffer_size() and not paced(channel).is_full
+    return not channel.get_write_buffer_size() and not paced(channel.get_connection()).is_full

@@ -14,7 +14,7 @@ from typing import cast
 import asyncssh
 
 from appliance.controller.link import Link
-from appliance.controller.pace import LOOK_AGAIN_S, PacedConnection, may_feed, paced
+from appliance.controller.pace import LOOK_AGAIN_S, may_feed, paced
 from appliance.protocol.window import Window
 
 EARLY_BYTES = 1024 * 1024
@@ -55,7 +55,7 @@ class TcpEnd(asyncio.BufferedProtocol):
         self.channel = channel
         channel.set_write_buffer_limits(high=0)
         # Before anything is written: a link that is full from the beginning must know whom to tell when it isn't.
-        paced(channel).fed(self, len(self._early), asyncio.get_running_loop().time())
+        paced(link.conn).fed(self, len(self._early), asyncio.get_running_loop().time())
         if self._early:
             channel.write(bytes(self._early))
             self._early.clear()
@@ -72,9 +72,9 @@ class TcpEnd(asyncio.BufferedProtocol):
             if len(self._early) > EARLY_BYTES and self.transport is not None:
                 self.transport.pause_reading()
             return
-        if self.channel.is_closing():
+        if self.channel.is_closing() or self._link is None:
             return
-        paced(self.channel).fed(self, nbytes, asyncio.get_running_loop().time())
+        paced(self._link.conn).fed(self, nbytes, asyncio.get_running_loop().time())
         self.channel.write(_room[:nbytes])
         self.look()
 
@@ -102,7 +102,7 @@ class TcpEnd(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         if self.channel is not None and self._link is not None:
             # By the link: a channel that is closed has no connection any more, and asyncssh asserts that it has.
-            cast("PacedConnection", self._link.conn).leave(self)
+            paced(self._link.conn).leave(self)
             self.channel.close()
         self.closed.set()
 

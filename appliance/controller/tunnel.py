@@ -26,8 +26,9 @@ from appliance import settings
 from appliance.controller.attempts import Attempts
 from appliance.controller.connection import Door, listen
 from appliance.controller.fleet import Fleet
-from appliance.controller.link import Link
+from appliance.controller.link import REFUSED_RESTS_S, Link
 from appliance.controller.listener import FrontEnd, peer_address
+from appliance.controller.pace import paced
 from appliance.controller.rate import network_of
 from appliance.controller.slots import TICK_S, Slots
 from appliance.controller.splice import MIN_PACKET_BYTES, SshEnd, TcpEnd, has_tiny_packets
@@ -141,15 +142,33 @@ class Gateway:
         self.refusals: Counter[str] = Counter()
         """Refused connections, log-ins, channels and forwards, by kind."""
 
-    async def listen(self, sock: socket.socket, host_key: Path) -> asyncssh.SSHAcceptor:
+    def has_room(self, source: str) -> bool:
+        """Whether one more may wait for its log-in."""
+        waiting = self.unauthenticated
+        return not (
+            self.draining
+            or self.links >= self.terms.max_links
+            or waiting.total() >= self.terms.max_unauthenticated
+            or waiting[network_of(source)] >= self.terms.max_unauthenticated_per_source
+        )
+
+    def lets_in(self, source: str) -> bool:
+        """The same, and counts who is turned away."""
+        if self.has_room(source):
+            return True
+        self.refusals["connection"] += 1
+        return False
+
+    def listen(self, sock: socket.socket, host_key: Path) -> asyncssh.SSHAcceptor:
         """Starts accepting on a bound socket."""
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             # Each connection has it from the listener; `pace` makes it less where the way is slow.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MOST_QUEUE_BYTES // 2)
         kex = list(tunnel.KEX) + (list(tunnel.KEX_FALLBACK) if self.terms.allow_curve25519 else [])
-        acceptor, self.door = await listen(
+        acceptor, self.door = listen(
             sock,
             self._door_for,
+            has_room=self.lets_in,
             server_factory=lambda: Peer(self),
             server_host_keys=[str(host_key)],
             server_version="appliance",
@@ -222,18 +241,11 @@ class Peer(asyncssh.SSHServer):
     def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
         self._conn = conn
         self._source = peer_address(conn.get_extra_info("peername"))
-        gateway = self._gateway
-        waiting, network = gateway.unauthenticated, network_of(self._source)
-        if (
-            gateway.draining
-            or gateway.links >= gateway.terms.max_links
-            or waiting.total() >= gateway.terms.max_unauthenticated
-            or waiting[network] >= gateway.terms.max_unauthenticated_per_source
-        ):
-            gateway.refusals["connection"] += 1
+        # Asked again: others came between the accept and this.
+        if not self._gateway.lets_in(self._source):
             conn.abort()
             return
-        waiting[network] += 1
+        self._gateway.unauthenticated[network_of(self._source)] += 1
         self._counted = True
 
     def _no_longer_waiting(self) -> None:
@@ -349,7 +361,14 @@ class Peer(asyncssh.SSHServer):
         is_probe = kind in probes
         probes.discard(kind)
         self._gateway.refusals["self-test" if is_probe else kind] += 1
+        if not is_probe:
+            self._tires()
         return is_probe
+
+    def _tires(self) -> None:
+        """Leaves a link unread for a moment that asks again and again for what it can't have: others wait meanwhile."""
+        if self._link is not None and self._link.was_refused(self._gateway.monotonic()):
+            paced(self._link.conn).rest(REFUSED_RESTS_S)
 
     def session_requested(self) -> bool:
         self._refused("session")
@@ -357,10 +376,12 @@ class Peer(asyncssh.SSHServer):
 
     def unix_connection_requested(self, dest_path: str) -> bool:  # noqa: ARG002
         self._gateway.refusals["streamlocal"] += 1
+        self._tires()
         raise refuse("no stream-local forwarding here")
 
     def unix_server_requested(self, listen_path: str) -> bool:  # noqa: ARG002
         self._gateway.refusals["streamlocal"] += 1
+        self._tires()
         return False
 
     def server_requested(self, listen_host: str, listen_port: int) -> OwnListener | bool:
@@ -390,6 +411,7 @@ class Peer(asyncssh.SSHServer):
             raise refuse("not a link yet")
         if link.channels >= self._gateway.terms.max_channels_per_link:
             self._gateway.refusals["channel"] += 1
+            self._tires()
             raise refuse(f"at most {self._gateway.terms.max_channels_per_link} channels a link")
         if (dest_host, dest_port) == (tunnel.CHANNEL_HOST, tunnel.CHANNEL_PORT):
             # Counted at once: asyncssh reads many requests before it awaits what opens the first.

@@ -50,7 +50,7 @@ async def bench(*, most: int = 100, most_per_source: int = 100) -> AsyncIterator
             stand.left.set()
 
     sock = socket.create_server(("127.0.0.1", 0))
-    acceptor, stand.door = await listen(
+    acceptor, stand.door = listen(
         sock,
         lambda options: Door(
             stand.slots, options, most=most, most_per_source=most_per_source, refused=stand.count_refused

@@ -54,6 +54,10 @@ class Acceptor:
         self.stop()
         self._sock.close()
 
+    def get_addresses(self) -> list[Any]:
+        """Where it listens."""
+        return [self._sock.getsockname()]
+
     async def wait_closed(self) -> None:
         """There is nothing to wait for."""
 

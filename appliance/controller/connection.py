@@ -191,8 +191,8 @@ def listen(
 ) -> tuple[asyncssh.SSHAcceptor, Door]:  # fmt: skip
     """Accepts connections on a bound socket behind a door; `terms` are of `asyncssh.SSHServerConnectionOptions`.
 
-    Who comes from a source that `has_room` doesn't want is closed, and whom the door would turn away is, before anything
-    is made for it.
+    Who comes from a source that `has_room` doesn't want is closed, and whom the door would turn away is told so, before
+    anything is made for it.
     """
     loop = asyncio.get_running_loop()
     options = asyncssh.SSHServerConnectionOptions(config=None, **terms)

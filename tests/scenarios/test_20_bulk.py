@@ -27,6 +27,7 @@ from shaper import shaped
 from appliance.protocol.tunnel import DEADLINE_S
 
 MIB = 1 << 20
+WINDOWS_BYTES = 16 * MIB
 INTERVAL_S = 0.25
 SECONDS = 5.0
 ANSWERED = re.compile(r"heartbeat \d+ answered after ([0-9.]+) ms")
@@ -90,7 +91,7 @@ def place(root: Path, **way: float) -> Iterator[Place]:
     """A controller, an SE with a forward to a service, and a way between them."""
     service = Service()
     (local,) = free_ports(1)
-    terms = {"heartbeat_interval_s": INTERVAL_S, "windows_max_bytes": 16 * MIB}
+    terms = {"heartbeat_interval_s": INTERVAL_S, "windows_max_bytes": WINDOWS_BYTES}
     try:
         with contextlib.ExitStack() as stack:
             at = stack.enter_context(site(root, settings=terms, services={"bulk": f"127.0.0.1:{service.port}"}))
@@ -199,7 +200,8 @@ def test_a_service_that_stops_reading_costs_the_controller_a_window(fast: Place)
             while poured < 512 * MIB:
                 poured += sock.send(bytes(65536))
         assert poured < 512 * MIB, "whoever sends has to wait"
-        assert resident_bytes(controller_pid(fast.at)) - before < 32 * MIB
+        # The heap has holes between packets that wait one by one.
+        assert resident_bytes(controller_pid(fast.at)) - before < 4 * WINDOWS_BYTES
         fast.service.reads.set()
         taken = fast.service.taken
         until(lambda: fast.service.taken - taken >= poured, what="all of it arrives")

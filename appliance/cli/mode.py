@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from appliance.cli.context import CliContext, json_option, pass_context
-from appliance.errors import ModeError, UnreachableError
+from appliance.errors import ModeError, StorageError, UnreachableError
 from appliance.paths import Paths
 
 _STEPS = {
@@ -34,7 +34,11 @@ def show(context: CliContext) -> None:
     from appliance.storage.lock import holder
 
     document = mode.load(context.paths)
-    pid = holder(context.paths.lock)
+    try:
+        pid = holder(context.paths.lock)
+        daemon = _daemon(context.paths, pid)
+    except StorageError:  # the daemon's user holds it, and the mode is anybody's to see
+        pid, daemon = None, "whether its daemon runs only root can see"
     is_cut = document.phase is not mode.Phase.DONE
     if context.json:
         import json
@@ -45,10 +49,11 @@ def show(context: CliContext) -> None:
             "phase": document.phase,
             "changed_at": document.at,
             "daemon_pid": pid,
+            "daemon": daemon,
         }
         click.echo(json.dumps(found, indent=2))
         return
-    click.echo(f"{document.mode}, {_daemon(context.paths, pid)}")
+    click.echo(f"{document.mode}, {daemon}")
     if is_cut:
         click.echo(
             f"a change to {document.target} was cut after {document.phase}; "

@@ -23,7 +23,7 @@ _HINTS = {
     errno.ENOSPC: "the disk is full: free space on that file system (`df -h {directory}`), then try again",
     errno.EDQUOT: "the quota is used up: free space below {directory}, or have the quota raised, then try again",
     errno.EROFS: "{directory} is mounted read-only: see `dmesg` for the reason, remount it read-write, then try again",
-    errno.EACCES: "check owner and mode of {directory} and of what lies in it (`ls -la {directory}`)",
+    errno.EACCES: "repeat as root, or as the user that it belongs to (`ls -la {directory}`)",
     errno.EPERM: "check owner, mode and attributes of {path} (`ls -la {directory}`, `lsattr {path}`)",
     errno.ENOENT: "create {directory}, or correct the path",
     errno.ENOTDIR: "one of the names above {path} is no directory: move that file away",

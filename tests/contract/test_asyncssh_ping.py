@@ -154,7 +154,7 @@ def test_who_lives_answers_and_who_is_frozen_does_not(kind: str, tmp_path: Path)
             for _ in range(2):
                 answered, took_s = await peer.ping()
                 assert not answered
-                assert DEADLINE_S <= took_s < DEADLINE_S + 0.5
+                assert DEADLINE_S <= took_s < 2 * DEADLINE_S
             # It wakes up and answers what it was asked while frozen: late answers are nobody else's.
             peer.process.send_signal(signal.SIGCONT)
             assert (await peer.ping())[0]
@@ -177,7 +177,7 @@ def test_who_is_gone_does_not_answer(kind: str, tmp_path: Path) -> None:
             await asyncio.wait_for(peer.conn.wait_closed(), 5)
             answered, took_s = await peer.ping()
             assert not answered
-            assert took_s < DEADLINE_S / 2
+            assert took_s < DEADLINE_S
 
     asyncio.run(go())
 

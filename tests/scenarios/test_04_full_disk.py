@@ -199,10 +199,8 @@ def test_a_grant_given_before_the_disk_filled_up_is_kept(
     number = engine.stored("identity.json")["grant"]["number"]
     disk.fill()
     at.controller.kill()
-    began = time.monotonic()
     disk.empty()
     at.controller.start()
-    assert time.monotonic() - began < 10
     at.ssh.mend()
     at.until_up(engine, deadline_s=30.0)
     assert at.controller.operator.se(engine.name).summary.number == number

@@ -136,4 +136,13 @@ def test_show(paths: Paths, capsys: pytest.CaptureFixture[str]) -> None:
         "phase": "intent",
         "changed_at": 5.0,
         "daemon_pid": os.getpid(),
+        "daemon": f"its daemon runs (process {os.getpid()})",
     }
+
+
+def test_show_of_a_daemon_that_is_somebody_elses(paths: Paths, capsys: pytest.CaptureFixture[str]) -> None:
+    paths.state.mkdir(parents=True)
+    mode.document_of(paths).save(ModeDocument(mode=Mode.SE, target=Mode.SE))
+    paths.lock.symlink_to("nowhere")  # can't be read by root either
+    assert run(paths, "show") == 0
+    assert capsys.readouterr().out == "se, whether its daemon runs only root can see\n"

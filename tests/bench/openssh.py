@@ -5,12 +5,19 @@ Timeouts are 5 s x 3 on both sides, as in the row's goal. State lies in a direct
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import pwd
 import socket
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+
+import asyncssh
+import uvloop
 
 from appliance.lab import sshd as lab_sshd
 from appliance.lab.layout import LOOPBACK
@@ -22,6 +29,7 @@ from bench.processes import BenchError, children, until
 ALIVE_S = 5
 ALIVE_COUNT = 3
 START_S = 20.0
+LOG_INS_AT_ONCE = 32
 
 
 def missing() -> list[str]:
@@ -147,20 +155,42 @@ def reverse(to: Server, target_port: int) -> Iterator[Reverse]:
 
 @contextlib.contextmanager
 def links(to: Server, count: int) -> Iterator[float]:
-    """`count` plain links at once. Gives the seconds until all were logged in."""
-    with contextlib.ExitStack() as stack:
-        import time
+    """`count` plain links at once, held by one client process, as ours are. Gives the seconds until all were in."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        told: Future[float] = Future()
+        leave = threading.Event()
+        held = thread.submit(lambda: uvloop.run(_hold(to, count, told, leave)))
+        try:
+            while not (told.done() or held.done()):
+                time.sleep(0.05)
+            if held.done():
+                held.result()
+            yield told.result()
+        finally:
+            leave.set()
 
-        command = ["ssh", *to.arguments(), "-N", f"{user()}@{LOOPBACK}"]
-        before, began = _accepted(to), time.monotonic()
-        for index in range(count):
-            stack.enter_context(child.Daemon(command, log_path=to.directory / f"ssh-{index}.log"))
-        until(lambda: _accepted(to) >= before + count, what=f"{count} log-ins at sshd", deadline_s=60)
-        yield time.monotonic() - began
 
+async def _hold(to: Server, count: int, told: Future[float], leave: threading.Event) -> None:
+    options = await asyncssh.SSHClientConnectionOptions.construct(
+        username=user(),
+        client_keys=[str(to.directory / "id")],
+        known_hosts=str(to.directory / "known_hosts"),
+        agent_path=None,
+        config=None,
+        preferred_auth=["publickey"],
+    )
+    turn = asyncio.Semaphore(LOG_INS_AT_ONCE)
 
-def _accepted(to: Server) -> int:
-    return to.log.read_bytes().count(b"Accepted publickey")
+    async def one() -> asyncssh.SSHClientConnection:
+        async with turn:
+            return await asyncssh.connect(LOOPBACK, to.port, options=options)
+
+    began = time.monotonic()
+    connections = await asyncio.gather(*(one() for _ in range(count)))
+    told.set_result(time.monotonic() - began)
+    await asyncio.to_thread(leave.wait)
+    for connection in connections:
+        connection.abort()
 
 
 def shows_banner(host: str, port: int) -> bool:

@@ -18,6 +18,7 @@ import msgspec
 import pytest
 from rig import RunningController, linked, machine, running, until, until_async
 
+from appliance.controller import material, rotation
 from appliance.controller.material import Files, Material
 from appliance.controller.rotation import Kind, Rotation, make_root, resume_files
 from appliance.controller.trust import Publication
@@ -31,6 +32,7 @@ from appliance.errors import (
 )
 from appliance.pki import sealed, tls
 from appliance.pki.authority import Authority
+from appliance.pki.certificate import all_of
 from appliance.pki.secret import Secret
 from appliance.pki.trust import verify_trust
 from appliance.protocol import strict_json
@@ -203,6 +205,23 @@ def test_any_number_of_changes_of_root_is_followed_one_by_one(tmp_path: Path) ->
                 await se.refresh()
 
         asyncio.run(go())
+
+
+def test_the_oldest_of_many_changes_of_root_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rotation, "MAX_ROOT_CHANGES", 2)
+    files = Files(tmp_path)
+    material.create(files, cluster_id="c-1", addresses=["a"], enroll_port=1, ssh_port=2, now=int(time.time()))
+    now, change = started(tmp_path, "")
+    for _ in range(4):
+        change.begin(Kind.CA)
+        change.finish(Kind.CA)
+    again, _ = started(tmp_path, "")
+    assert [entry.version for entry in now.successions] == [entry.version for entry in again.successions] == [7, 9]
+    assert len(list(tmp_path.glob("trust-*.json"))) == 2
+    assert len(all_of(files.cross_certificate.read_bytes())) == 2
+    publication = Publication(again, on_publish=lambda _: None, wall=time.time)
+    followed = [document_of(publication.following(version)).version for version in (1, 6, 7, 8, 9)]
+    assert followed == [7, 7, 9, 9, 9]
 
 
 def test_an_aborted_change_leaves_the_old_one_alone(tmp_path: Path) -> None:

@@ -83,6 +83,21 @@ async def bench(*, most: int = 100, most_per_source: int = 100) -> AsyncIterator
         await acceptor.wait_closed()
 
 
+async def in_line(stand: Bench) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Fills the places inside, and returns one that waits."""
+    for _ in range(FEW):
+        await stand.comes()
+    waiting = await stand.comes()
+    assert await is_silent(waiting[0])
+    return waiting
+
+
+async def is_closed(reader: asyncio.StreamReader) -> bool:
+    with contextlib.suppress(ConnectionResetError):
+        return await first_word(reader) == b""
+    return True
+
+
 async def first_word(reader: asyncio.StreamReader) -> bytes:
     return await asyncio.wait_for(reader.read(4096), 10)
 
@@ -140,10 +155,7 @@ def test_who_finds_no_place_gets_a_slot() -> None:
 def test_who_waits_too_long_gets_a_slot(monkeypatch: pytest.MonkeyPatch) -> None:
     async def go() -> None:
         async with bench() as stand:
-            for _ in range(FEW):
-                await stand.comes()
-            reader, _ = await stand.comes()
-            assert await is_silent(reader)
+            reader, _ = await in_line(stand)
             monkeypatch.setattr("appliance.controller.slots.PATIENCE_S", 0.0)
             stand.door.tick(LATE_S * 2)
             assert read_slot(await first_word(reader)) is not None
@@ -159,8 +171,7 @@ def test_the_line_is_bounded(limits: dict[str, int]) -> None:
             for _ in range(FEW + 2):
                 await stand.comes()
             reader, _ = await stand.comes()
-            with contextlib.suppress(ConnectionResetError):
-                assert await first_word(reader) == b""
+            assert await is_closed(reader)
             assert stand.refused == 1
 
     uvloop.run(go())
@@ -169,10 +180,7 @@ def test_the_line_is_bounded(limits: dict[str, int]) -> None:
 def test_a_tick_on_time_lets_more_in() -> None:
     async def go() -> None:
         async with bench() as stand:
-            for _ in range(FEW):
-                await stand.comes()
-            reader, _ = await stand.comes()
-            assert await is_silent(reader)
+            reader, _ = await in_line(stand)
             stand.door.tick(0.0)
             assert (await first_word(reader)).startswith(VERSION)
 
@@ -182,12 +190,9 @@ def test_a_tick_on_time_lets_more_in() -> None:
 def test_who_says_too_much_before_its_turn_is_closed() -> None:
     async def go() -> None:
         async with bench() as stand:
-            for _ in range(FEW):
-                await stand.comes()
-            reader, writer = await stand.comes()
+            reader, writer = await in_line(stand)
             writer.write(bytes(MAX_SAID_BYTES + 1))
-            with contextlib.suppress(ConnectionResetError):
-                assert await first_word(reader) == b""
+            assert await is_closed(reader)
 
     uvloop.run(go())
 
@@ -195,12 +200,8 @@ def test_who_says_too_much_before_its_turn_is_closed() -> None:
 def test_closing_ends_all_that_wait() -> None:
     async def go() -> None:
         async with bench() as stand:
-            for _ in range(FEW):
-                await stand.comes()
-            reader, _ = await stand.comes()
-            assert await is_silent(reader)
+            reader, _ = await in_line(stand)
             stand.door.close()
-            with contextlib.suppress(ConnectionResetError):
-                assert await first_word(reader) == b""
+            assert await is_closed(reader)
 
     uvloop.run(go())

@@ -39,6 +39,10 @@ from appliance.se.wire import Wire, connect
 SSH_PORT = 22
 THERE = frozenset({LinkState.LINKED, LinkState.UP, LinkState.QUARANTINED})
 """States in which the controller knows this SE at the other end."""
+SILENT_HINT = (
+    "the SE dials again by itself; `appliance doctor` on the controller tells whether its daemon hangs, "
+    "the way there may be cut, and something else may answer at that address"
+)
 LOGIN_DEADLINE_S = 20.0
 """For key exchange, log-in, hello and confirm together."""
 UNCONFINED = "TUNNEL-044"
@@ -152,7 +156,7 @@ class Link:
         withdraw = stop.on_stop(guard.leave)
         try:
             self._serve(connection, guard)
-        except TunnelError as error:
+        except TunnelError:
             if wire.slot_s is not None:
                 self.slot_s = wire.slot_s
                 text = f"the controller has more log-ins than it can do; our turn is in {wire.slot_s:.1f} s"
@@ -160,7 +164,7 @@ class Link:
             if not guard.reason:
                 raise
             # What the link's thread saw is only the closed connection; the guard knows why it was closed.
-            raise TunnelError(guard.reason, hint=error.hint, code="TUNNEL-039") from None
+            raise TunnelError(guard.reason, hint=SILENT_HINT, code="TUNNEL-039") from None
         finally:
             withdraw()
             guard.end()
@@ -193,7 +197,8 @@ class Link:
                 connection.say_goodbye()
             elif not guard.reason:
                 raise connection.lost()
-            raise TunnelError(guard.reason or "told to stop", code="TUNNEL-039")
+            hint = SILENT_HINT if guard.reason else ""
+            raise TunnelError(guard.reason or "told to stop", hint=hint, code="TUNNEL-039")
         finally:
             self._connection = None
             guard.end()

@@ -115,7 +115,7 @@ class EnrollApi:
             Endpoint("POST", said.NONCE_PATH, self.nonce, "Get a nonce", {200: NonceAnswer}, errors=(400, 429)),
             Endpoint(
                 "POST", TRUST_PATH, self.trust, "Get the next trust document", {200: TrustAnswer}, TrustRequest,
-                errors=(429,),
+                errors=(429,), admit=lambda request: self._limit(request, Step.NONCE),
             ),
             Endpoint(
                 "POST", said.ENROLL_PATH, self.enroll, "Enroll", {201: Grant, 202: Pending}, bytes, errors=errors
@@ -183,9 +183,8 @@ class EnrollApi:
         headers = {said.PROTOCOL_HEADER: str(tunnel.PROTOCOL_NUMBER)}
         return Response(strict_json.encode(answer), media_type=JSON, headers=headers)
 
-    async def trust(self, request: Request, wish: TrustRequest) -> TrustAnswer:
+    async def trust(self, _request: Request, wish: TrustRequest) -> TrustAnswer:
         """What an SE that slept through changes of root needs to believe this controller: no secret, and unsigned."""
-        self._limit(request, Step.NONCE)
         return TrustAnswer(trust=self._trust.following(wish.version))
 
     async def enroll(self, request: Request, raw: bytes) -> tuple[int, Grant | Pending]:

@@ -58,6 +58,8 @@ class Endpoint(NamedTuple):
     query: tuple[str, ...] = ()
     errors: tuple[int, ...] = ()
     """Statuses of the handler's refusals; those of the frame around it (`_runner`) are documented by themselves."""
+    admit: Callable[[Request], None] = lambda _request: None
+    """Called before anything of the body is read; raises `ProblemError`."""
 
 
 def problem_response(problem: Problem) -> Response:
@@ -105,6 +107,7 @@ def _route(path: str, endpoints: Sequence[Endpoint], max_body: int) -> Route:
 def _runner(endpoint: Endpoint, max_body: int) -> Callable[[Request], Awaitable[Response]]:
     async def run(request: Request) -> Response:
         try:
+            endpoint.admit(request)
             body: Any = None
             if endpoint.body is not None:
                 body = await read_body(request, max_body)

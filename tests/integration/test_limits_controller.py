@@ -19,6 +19,7 @@ from appliance.protocol import enroll, strict_json, tunnel
 from appliance.protocol.enroll import NonceAnswer
 from appliance.protocol.operator import ImageKeyTermsWish
 from appliance.protocol.problem import Problem
+from appliance.protocol.trust import TRUST_PATH
 from appliance.protocol.tunnel import Heartbeat
 
 
@@ -89,15 +90,17 @@ def test_a_drained_controller_says_so_at_its_enroll_port(tmp_path: Path) -> None
                 await se.beat()
                 await until_async(lambda: controller.state("early") == "UP OK", what="UP")
                 assert (await asyncio.to_thread(controller.operator.drain)).links == 1
-                for path in (enroll.NONCE_PATH, enroll.ENROLL_PATH, enroll.REFRESH_PATH, enroll.REJOIN_PATH):
-                    status, headers, body = await asyncio.to_thread(ask, controller, path)
+                # With a body that none of them takes: it isn't looked at.
+                paths = enroll.NONCE_PATH, enroll.ENROLL_PATH, enroll.REFRESH_PATH, enroll.REJOIN_PATH, TRUST_PATH
+                for path in paths:
+                    status, headers, body = await asyncio.to_thread(ask, controller, path, b"\xff")
                     assert (status, headers["retry-after"]) == (503, "10")
                     assert msgspec.json.decode(body, type=Problem).code == "ENROLL-038"
                 with pytest.raises(EnrollError):
                     await stand.se(controller.bundle, "late").enroll()
                 await se.beat()
                 assert controller.state("early") == "UP OK", "links that are open stay"
-                assert controller.operator.status().refusals["ENROLL-038"] >= 4
+                assert controller.operator.status().refusals["ENROLL-038"] >= len(paths)
 
         asyncio.run(go())
 

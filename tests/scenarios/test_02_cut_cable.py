@@ -95,6 +95,15 @@ def test_a_reset_is_told_at_once_and_redialled(place: tuple[Site, RealSe]) -> No
             at.until_up(se, deadline_s=5.0)
     changes = [text for text in at.events("se.state") if "DOWN (LINK_LOST)" in text]
     assert len(changes) >= 5
+    at.ssh.unplug()
+    try:
+        until(
+            lambda: "the connection broke" in at.controller.operator.why("se-1").verdict, what="the controller says why"
+        )
+        until(lambda: "Connection refused" in se.failed(Step.LINK), what="the SE says why it stays so")
+    finally:
+        at.ssh.plug()
+    at.until_up(se, deadline_s=5.0)
     until(lambda: at.samples_without_gap(se, since, most_s=SAMPLES_APART_S), what="telemetry has no gap")
 
 

@@ -277,7 +277,9 @@ def bake(
             " a VM would refuse every controller until then"
         )
     read = _read_bundle(raw_bundle, mistakes) if raw_bundle is not None else None
+    wants_fresh = raw_bundle is not None and read is None
     if read is not None and 0 < read[0].image_key_expires_at <= now:
+        wants_fresh = True
         days = (now - read[0].image_key_expires_at) // 86400
         mistakes.append(
             f"the bundle's image key {read[0].image_key_id} expired {days} days ago: nothing could enroll by it"
@@ -289,7 +291,7 @@ def bake(
     if mistakes or read is None:
         raise SeedError(
             "the seed can't be baked:" + "".join(f"\n  - {mistake}" for mistake in mistakes),
-            hint="nothing was written; a fresh bundle comes from `appliance image-key create`",
+            hint="nothing was written" + "; a fresh bundle comes from `appliance image-key create`" * wants_fresh,
         )
     bundle, root_ca, identity = read
     seed = protocol.Seed(

@@ -33,6 +33,8 @@ OLDEST_GLIBC = (2, 35)
 """The frozen executables are built against it."""
 _MAX_SOCKET_PATH = 107
 _FEW_RESERVES = 5
+_ANSWER_S = 5.0
+"""How long a controller may take to answer the doctor."""
 
 
 class Result(enum.StrEnum):
@@ -110,7 +112,7 @@ def examine(context: CliContext) -> list[Finding]:
         lambda: check_glibc(os.confstr("CS_GNU_LIBC_VERSION") or ""),
         lambda: check_sockets(paths),
         lambda: check_systemd(paths, role),
-        lambda: check_recovery(paths, role),
+        lambda: check_answers(paths, role),
     ]
     for check in checks:
         findings += check()
@@ -125,6 +127,14 @@ def check_mode(document: ModeDocument) -> Finding:
     if document.mode is Mode.NONE:
         return Finding("mode", Result.WARN, "this machine has no role", "`appliance mode set controller` or `… se`")
     return Finding("mode", Result.OK, document.mode.value)
+
+
+def holder_or_none(paths: Paths) -> int | None:
+    """Returns the daemon's process id, None where there is none or only root may see it."""
+    try:
+        return holder(paths.lock)
+    except ApplianceError:
+        return None
 
 
 def check_cluster(paths: Paths, role: Mode) -> Iterator[Finding]:
@@ -154,16 +164,19 @@ def check_daemon(paths: Paths, role: Mode) -> Iterator[Finding]:
     yield Finding("daemon", Result.OK, f"process {pid}{says}")
 
 
-def check_recovery(paths: Paths, role: Mode) -> Iterator[Finding]:
-    """Whether a restored controller still waits for somebody to look after what its backup did not know."""
-    from appliance.cli.operator import Operator
+def check_answers(paths: Paths, role: Mode) -> Iterator[Finding]:
+    """Whether a controller answers, and whether a restored one waits for somebody to look after what it missed."""
+    from appliance.cli.operator import NO_ANSWER, Operator
 
-    if role is not Mode.CONTROLLER:
-        return
+    seen = health.read_health(paths.health_file)
+    if role is not Mode.CONTROLLER or (seen is not None and health.stuck(seen.pid, paths.health_file)):
+        return  # told above
     try:
-        view = Operator(paths).recovery()
-    except ApplianceError:
-        return  # it doesn't run, or isn't ours to ask: told above
+        view = Operator(paths, deadline_s=_ANSWER_S).recovery()
+    except ApplianceError as error:
+        if error.code == NO_ANSWER:
+            yield Finding("daemon", Result.FAIL, error.message, f"see {this_machine.log_of(paths)}")
+        return  # else it doesn't run, or isn't ours to ask: told above
     if view.is_active:
         text = f"in RECOVERY since a restore; {len(view.waiting)} SEs wait with receipts"
         yield Finding("recovery", Result.WARN, text, "`appliance controller recovery status`")
@@ -257,10 +270,7 @@ def check_ports(paths: Paths, settings: Settings, role: Mode) -> Iterator[Findin
         else:
             yield Finding("port", Result.OK, f"sshd's port {port} is held by {found[1]} (process {found[0] or '?'})")
         return
-    try:
-        own = {1, holder(paths.lock)}  # process 1 holds the sockets of our units
-    except ApplianceError:
-        own = {1}
+    own = {1, holder_or_none(paths)}  # process 1 holds the sockets of our units
     for name, port in _ports(settings, role):
         found = host.who_listens(port) if port else None
         if found is None:

@@ -66,6 +66,8 @@ from appliance.protocol.why import Chain
 
 T = TypeVar("T")
 
+NO_ANSWER = "REACH-004"
+"""Code: it runs, and doesn't answer in time."""
 DEADLINE_S = 15.0
 PATIENCE_S = 2.0
 """After so long whoever waits is told for what."""
@@ -362,7 +364,7 @@ class Operator:
             raise UnreachableError(
                 f"the controller did not answer within {deadline_s:g} s{this_machine.why_slow(self._paths)}",
                 hint=f"`appliance doctor` and {this_machine.log_of(self._paths)} show what it is busy with",
-                code="REACH-004",
+                code=NO_ANSWER,
             ) from None
         except (OSError, http.client.HTTPException) as error:
             raise UnreachableError(

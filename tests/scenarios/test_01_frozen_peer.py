@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -46,6 +47,12 @@ def test_a_frozen_se_is_told_down_and_comes_back_by_itself(place: tuple[Site, Re
             chain = at.controller.operator.why("se-1")
             assert chain.verdict.startswith("stopped at link: nothing heard for")
             assert "(HEARTBEAT_MISSED)" in chain.verdict
+            # What it last wrote of itself is UP: nobody on its console is to believe that.
+            doctor = json.loads(se.command("doctor", "--json").stdout)
+            (told,) = [finding for finding in doctor["findings"] if finding["check"] == "daemon"]
+            assert (doctor["ok"], told["result"]) == (False, "fail")
+            assert f"process {se.pid} is stopped" in told["text"]
+            assert se.command("status", "--check").returncode == 1
         began = time.monotonic()
         at.until_up(se, deadline_s=2.0 + SLACK_S)
     detail = at.controller.operator.se("se-1")
@@ -67,8 +74,12 @@ def test_a_frozen_controller_is_noticed_by_the_se_which_comes_back(place: tuple[
             assert "TUNNEL-039" in told
             # Its own console says the same, though nobody answers on the other side.
             assert "the controller is silent" in se.why().verdict
+            doctor = json.loads(at.controller.command("doctor", "--json", check=False).stdout)
+            told = [finding["text"] for finding in doctor["findings"] if finding["check"] == "daemon"]
+            assert f"process {controller_pid} is stopped" in told[0]
             thawed = time.time()
         at.until_up(se, deadline_s=2.0 + SLACK_S)
     assert at.controller.operator.se("se-1").alarms == []
+    assert not any("CLOCK_SKEW" in event.text for event in at.controller.operator.events()), "it was this side's freeze"
     # What was measured while nobody listened was kept and delivered.
     until(lambda: at.samples_without_gap(se, thawed - NOTICE_S, most_s=2.0), what="telemetry has no gap")

@@ -178,16 +178,16 @@ def test_receipts_are_approved_together(double: OperatorDouble, cli: Cli) -> Non
 
 def test_the_doctor_tells_of_recovery(double: OperatorDouble, paths: Paths) -> None:
     double.answers["GET /v1/recovery"] = VIEW
-    (finding,) = doctor.check_recovery(paths, Mode.CONTROLLER)
+    (finding,) = doctor.check_answers(paths, Mode.CONTROLLER)
     assert finding.result is doctor.Result.WARN
     assert "1 SEs wait" in finding.text
     double.answers["GET /v1/recovery"] = RecoveryView()
-    assert list(doctor.check_recovery(paths, Mode.CONTROLLER)) == []
-    assert list(doctor.check_recovery(paths, Mode.SE)) == []
+    assert list(doctor.check_answers(paths, Mode.CONTROLLER)) == []
+    assert list(doctor.check_answers(paths, Mode.SE)) == []
 
 
 def test_the_doctor_asks_nobody_where_nothing_runs(paths: Paths) -> None:
-    assert list(doctor.check_recovery(paths, Mode.CONTROLLER)) == []
+    assert list(doctor.check_answers(paths, Mode.CONTROLLER)) == []
 
 
 # ---------------------------------------------------------------------------------------------- audit, witnesses

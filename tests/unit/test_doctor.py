@@ -95,6 +95,18 @@ def test_the_daemon(paths: Paths) -> None:
     assert only(doctor.check_daemon(paths, Mode.SE)).hint == "look as root"
 
 
+def test_a_controller_that_does_not_answer(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_ANSWER_S", 0.2)
+    assert list(doctor.check_answers(paths, Mode.CONTROLLER)) == []  # it doesn't run, which is told elsewhere
+    paths.run.mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(paths.controller_socket))
+        listener.listen()
+        found = only(doctor.check_answers(paths, Mode.CONTROLLER))
+    assert found.result is Result.FAIL
+    assert "did not answer within 0.2 s" in found.text
+
+
 @pytest.mark.parametrize(
     ("name", "bits", "expected"),
     [

@@ -274,7 +274,12 @@ def test_the_command_writes_folder_and_iso(
     assert told["image_id"] in capsys.readouterr().out
 
     assert run(monkeypatch, *arguments) == SeedError.exit_code
-    assert "exists already" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "exists already" in err
+    assert "fresh bundle" not in err, "there is nothing wrong with this one"
+    bundle.write_text("{}")
+    assert run(monkeypatch, "seed", "--bundle", str(bundle), "--out", str(tmp_path / "x")) == SeedError.exit_code
+    assert "a fresh bundle comes from" in capsys.readouterr().err
 
 
 def test_a_seed_takes_every_field_that_it_can_carry(

@@ -70,6 +70,7 @@ class PacedConnection(SSHConnection):
     pace: Pace | None = None
     rests = False
     """Whether nothing is read of it for now."""
+    _is_paused = False
 
     def _recv_data(self) -> None:
         """Reads what came, as asyncssh does, for `TURN_S` at most."""
@@ -93,7 +94,9 @@ class PacedConnection(SSHConnection):
         if self.rests or self._transport is None:
             return
         self.rests = True
-        if self._transport.is_reading():
+        if not self._is_paused:
+            # Not asked of the transport: it may be a channel of another connection, which doesn't know.
+            self._is_paused = True
             self._transport.pause_reading()
         self._loop.call_later(seconds, self._read_on)
 
@@ -102,6 +105,7 @@ class PacedConnection(SSHConnection):
         if self._transport is not None and not self._transport.is_closing():
             self._recv_data()
         if not self.rests and self._transport is not None and not self._transport.is_closing():
+            self._is_paused = False
             self._transport.resume_reading()
 
     def pause_writing(self) -> None:

@@ -28,9 +28,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--source", action="store_true", help="measure the sources instead of the frozen executables")
     parser.add_argument("--ses", type=int, default=1000, help="fleet: how many SEs (1000)")
     parser.add_argument("--storm", action="store_true", help="fleet: kill the controller under its SEs, start it again")
-    parser.add_argument(
-        "--count", type=int, default=1000, help="enroll, loaded, resets: how many (1000)"
-    )
+    parser.add_argument("--count", type=int, default=1000, help="enroll, loaded, resets: how many (1000)")
     parser.add_argument("--seconds", type=float, default=60.0, help="agent, fleet: measured time (60)")
     parser.add_argument("--settle", type=float, default=60.0, help="agent: idle time before it is measured (60)")
     parser.add_argument("--keep", action="store_true", help="keep state and logs")

@@ -22,6 +22,7 @@ from appliance.cli.context import CliContext, json_option, pass_context, print_j
 from appliance.errors import ApplianceError
 from appliance.paths import Paths
 from appliance.protocol.address import parse_endpoint
+from appliance.protocol.fleet import State
 from appliance.runtime import child, health, host
 from appliance.runtime.clock import Clock, SystemClock
 from appliance.runtime.mode import Mode, ModeDocument, Phase, load
@@ -161,6 +162,9 @@ def check_daemon(paths: Paths, role: Mode) -> Iterator[Finding]:
         yield Finding("daemon", Result.FAIL, f"process {pid} {why}")
         return
     says = f": {found.state} {found.reason}".rstrip() if found is not None and found.pid == pid and found.state else ""
+    if role is Mode.SE and found is not None and found.pid == pid and found.state != State.UP:
+        yield Finding("daemon", Result.WARN, f"process {pid}{says}", "`appliance why` tells where its way in stopped")
+        return
     yield Finding("daemon", Result.OK, f"process {pid}{says}")
 
 

@@ -86,6 +86,10 @@ def test_the_daemon(paths: Paths) -> None:
         paths.run.mkdir(parents=True)
         Health(paths.health_file, "se", SystemClock()).line("se", "UP", "OK", [])
         assert only(doctor.check_daemon(paths, Mode.SE)).text == f"process {os.getpid()}: UP OK"
+        Health(paths.health_file, "se", SystemClock()).line("se", "ENROLLING", "nonce: refused", [])
+        outside = only(doctor.check_daemon(paths, Mode.SE))
+        assert (outside.result, outside.text) == (Result.WARN, f"process {os.getpid()}: ENROLLING nonce: refused")
+        assert "appliance why" in outside.hint
         os.utime(paths.health_file, (0, 0))
         hangs = only(doctor.check_daemon(paths, Mode.SE))
         assert hangs.result is Result.FAIL

@@ -1,6 +1,6 @@
 """What a link that breaks leaves behind: one SE whose link is reset again and again, and its controller's memory.
 
-Each time a whole link: log-in, hello, confirmation, self-test, the check of the reverse path, a heartbeat, then a reset.
+Each time a whole link: log-in, hello, confirmation, self-test, check of the reverse path, a heartbeat, then a reset.
 Some of what grows is meant: the controller keeps the last ways in of each source, and the last ten thousand events.
 """
 
@@ -25,10 +25,8 @@ MIB = 1 << 20
 
 def run(stand: Stand, options: Options) -> Report:
     """`--count` resets, and what the last quarter of them added."""
-    with (
-        stand.place() as place,
-        stand.controller(place / "resets", settings={"heartbeat_interval_s": 1.0}) as controller,
-    ):
+    settings = {"heartbeat_interval_s": 1.0}
+    with stand.place() as place, stand.controller(place / "resets", settings=settings) as controller:
         stand.say(f"{options.count} links, one after the other")
         grown = uvloop.run(_reset(stand, controller, options.count))
     counts = sorted(grown)

@@ -196,7 +196,7 @@ class Fleet:
         self.heartbeats += 1
         if rtt_s > 0:
             link.rtt.add(rtt_s, now)
-        link.lags.add(lag_s, now)
+        link.lags.add(lag_s)
         link.spool_bytes = spool_bytes
         if not link.quarantined:
             self._last_heartbeat[link.se_id] = self._wall()

@@ -69,6 +69,24 @@ class Minimum:
         return self.value if self._before is not None or self._count >= FEW else None
 
 
+class Least:
+    """The least of the last `FEW` values: one or two that were held up don't count, and no old one does."""
+
+    __slots__ = ("_last",)
+
+    def __init__(self) -> None:
+        self._last: tuple[float, ...] = ()
+
+    def add(self, value: float) -> None:
+        """Notes one value."""
+        self._last = (*self._last, value)[-FEW:]
+
+    @property
+    def value(self) -> float:
+        """The least, 0 where nothing was noted yet."""
+        return min(self._last, default=0.0)
+
+
 class Link:
     """The state of one link. Times are monotonic seconds unless said otherwise."""
 
@@ -155,9 +173,10 @@ class Link:
         self.beats = Bucket(HEARTBEAT_BURST, now)
         """What it may still send of heartbeats."""
         self.rtt = Minimum()
-        self.lags = Minimum()
+        self.lags = Least()
         """How long after its own time, by our clock, its heartbeats came, seconds. What held one up, a freeze of this
-        process or a full queue, only adds to that: the least lag is the one that tells of its clock."""
+        process or a full queue, only adds to that: the least lag is the one that tells of its clock. Of few, so that a
+        clock that was set is told within seconds, either way: none is held up for a minute, or its link were lost."""
         self.was_rtt_high = False
         self.spool_bytes = 0
         self.trust_version = 0
@@ -180,7 +199,7 @@ class Link:
             heartbeats=self.heartbeats,
             reverse_ok=self.reverse_ok,
             rtt_s=self.rtt.settled,
-            skew_s=-(self.lags.value or 0.0),
+            skew_s=-self.lags.value,
             spool_bytes=self.spool_bytes,
             reverse_error=self.reverse_error,
             rolled_back=self.rolled_back,

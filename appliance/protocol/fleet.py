@@ -70,7 +70,7 @@ class LinkView(NamedTuple):
     rtt_s: float | None
     """Minimum of the last minute, None until there were enough round trips for one."""
     skew_s: float
-    """How far the SE's clock is ahead of ours, by the heartbeat of the last minute that came soonest."""
+    """How far the SE's clock is ahead of ours, by the one of the last three heartbeats that came soonest."""
     spool_bytes: int
     reverse_error: str = ""
     rolled_back: bool = False

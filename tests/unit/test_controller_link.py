@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appliance.controller.link import FEW, WINDOW_S, Link, Minimum
+from appliance.controller.link import FEW, REFUSAL_BURST, REFUSALS_PER_S, WINDOW_S, Link, Minimum
 from appliance.protocol.fleet import LinkView, Reason
 
 
@@ -107,6 +107,14 @@ def test_the_first_reason_counts_and_every_close_cuts() -> None:
     link.close(Reason.HEARTBEAT_MISSED, "silent")
     link.close(Reason.REVOKED, "later")
     assert (link.lost_reason, link.lost_text, conn.aborted) == (Reason.HEARTBEAT_MISSED, "silent", 2)
+
+
+def test_who_is_refused_again_and_again_has_to_wait() -> None:
+    link, _ = made()
+    assert not any(link.was_refused(0.0) for _ in range(int(REFUSAL_BURST)))
+    assert link.was_refused(0.0)
+    later_s = 2 / REFUSALS_PER_S
+    assert [link.was_refused(later_s) for _ in range(3)] == [False, False, True]
 
 
 def test_a_misspelt_field_is_an_error() -> None:

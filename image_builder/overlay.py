@@ -163,8 +163,8 @@ def places(role: Role, *, root_guid: str, openssh: tuple[int, int], units: dict[
         ),
         Place(
             path="etc/systemd/network/90-appliance.network",
-            text="# Where nothing else fits the first card: cloud-init's file for DHCP names the MAC address of the first\n"
-            "# boot, and a VM that was copied or moved since has another. Without this it would be cut off.\n"
+            text="# Where nothing else fits the first card: cloud-init's file for DHCP names the MAC address of the\n"
+            "# first boot, and a VM that was copied or moved since has another. Without this it would be cut off.\n"
             "[Match]\nName=eth0\n\n[Network]\nDHCP=ipv4\n",
         ),
         Place(

@@ -114,8 +114,8 @@ def test_a_link_that_takes_tcp_and_never_speaks(place: tuple[Site, RealSe]) -> N
     with no_leak(lambda: controller_pid(at)), no_leak(lambda: se.pid):
         at.ssh.cut()
         at.ssh.reset()
-        until(lambda: se.state == "DOWN", what="the SE notices", deadline_s=2.0)
-        at.until_state(se, "DOWN LINK_LOST", deadline_s=2.0)
+        until(lambda: se.state == "DOWN", what="the SE notices", deadline_s=2.0 + SLACK_S)
+        at.until_state(se, "DOWN LINK_LOST", deadline_s=2.0 + SLACK_S)
         began = resources(se.pid).descriptors
         told = until(
             lambda: "no log-in within" in se.failed(Step.LINK) and se.failed(Step.LINK),
@@ -140,7 +140,7 @@ def test_a_controller_out_of_reach_and_back(place: tuple[Site, RealSe]) -> None:
         until(lambda: "Connection refused" in se.failed(Step.LINK), what="the SE says why", deadline_s=5.0)
         # The enroll port is reached all the while: the refresh brings the grant, which changes nothing.
         until(lambda: se.logged().count("enrolled as SE number 1") >= 2, what="the SE asks for its grant again")
-        at.until_state(se, "DOWN LINK_LOST", deadline_s=2.0)
+        at.until_state(se, "DOWN LINK_LOST", deadline_s=2.0 + SLACK_S)
         at.ssh.plug()
         at.until_up(se, deadline_s=5.0)
     assert at.uses() == 1

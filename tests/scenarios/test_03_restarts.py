@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from lab_rig import RealSe, Site, no_leak, site
+from lab_rig import SLACK_S, RealSe, Site, no_leak, site
 from rig import until
 
 from appliance.protocol.why import Step
@@ -32,7 +32,7 @@ def test_a_killed_controller_comes_back_and_so_do_all_ses(place: tuple[Site, Rea
         for _ in range(2):
             at.controller.kill()
             for each in (se, second):
-                until(lambda each=each: each.state == "DOWN", what="the SE notices", deadline_s=2.0)
+                until(lambda each=each: each.state == "DOWN", what="the SE notices", deadline_s=2.0 + SLACK_S)
             at.controller.start()
             for each in (se, second):
                 at.until_up(each, deadline_s=10.0)
@@ -72,7 +72,7 @@ def test_a_reboot_of_the_se_is_no_clone_and_no_enrollment(place: tuple[Site, Rea
     before, uses = at.controller.operator.se("se-1"), at.uses()
     for _ in range(3):
         se.kill()
-        at.until_state(se, "DOWN LINK_LOST", deadline_s=2.0)
+        at.until_state(se, "DOWN LINK_LOST", deadline_s=2.0 + SLACK_S)
         se.start()
         at.until_up(se, deadline_s=10.0)
     after = at.controller.operator.se("se-1")
@@ -148,7 +148,7 @@ def test_mode_set_while_the_daemon_runs(place: tuple[Site, RealSe]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert process.wait(10) == 0
     se.process = None
-    at.until_state(se, "DOWN CLOSED_BY_SE", deadline_s=2.0)
+    at.until_state(se, "DOWN CLOSED_BY_SE", deadline_s=2.0 + SLACK_S)
     se.start()
     assert se.wait() != 0
     assert "this machine has no role" in se.logged()

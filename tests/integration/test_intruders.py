@@ -197,20 +197,28 @@ def test_ten_thousand_channels_cost_others_nothing(controller: RunningController
             assert controller.process is not None
             memory = psutil.Process(controller.process.pid).memory_info
             before = memory().rss
-            slowest = 0.0
+            slowest = late = 0.0
+
+            async def tick() -> None:
+                """How late this process's own loop is, which is no fault of the controller's."""
+                nonlocal late
+                while True:
+                    began = time.monotonic()
+                    await asyncio.sleep(0.01)
+                    late += max(0.0, time.monotonic() - began - 0.01)
 
             async def watch() -> None:
                 nonlocal slowest
                 while True:
-                    began = time.monotonic()
+                    began, before = time.monotonic(), late
                     try:
                         await other.beat()
                     except EnrollError as error:
                         if error.code != "TUNNEL-045":  # it beats far too often, and is told so as fast
                             raise
-                    slowest = max(slowest, time.monotonic() - began)
+                    slowest = max(slowest, time.monotonic() - began - (late - before))
 
-            watching = asyncio.create_task(watch())
+            watching = [asyncio.create_task(work()) for work in (watch, tick)]
             conn = se.conn
             assert conn is not None
             there: list[asyncssh.SSHWriter[bytes]] = []
@@ -227,7 +235,8 @@ def test_ten_thousand_channels_cost_others_nothing(controller: RunningController
                 # One that asks for nothing is closed after a while, and its place is free again.
                 there = [writer for writer in there if not writer.is_closing()]
                 most = max(most, len(there))
-            watching.cancel()
+            for task in watching:
+                task.cancel()
             assert most < 64
             assert refused > CHANNELS * 0.9
             assert (memory().rss - before) / 2**20 < 32

@@ -192,8 +192,12 @@ _INSTALL = (
 
 
 def network_config(network: Network, *, target: Target) -> bytes | None:
-    """Returns network config version 2, or None where DHCP on the first interface is all there is to say."""
-    if not any(msgspec.to_builtins(network).values()):
+    """Returns network config version 2, or None where DHCP on the first interface is all there is to say.
+
+    On our own system that is said as well: what cloud-init makes up by itself names the MAC address of the first boot,
+    and a VM that was copied or moved since would be cut off.
+    """
+    if target is not Target.OWN and not any(msgspec.to_builtins(network).values()):
         return None
     terms: dict[str, Any] = {}
     if network.addresses:

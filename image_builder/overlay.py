@@ -162,12 +162,6 @@ def places(role: Role, *, root_guid: str, openssh: tuple[int, int], units: dict[
             "[Service]\nExecStart=\nExecStart=/usr/lib/systemd/systemd-networkd-wait-online --any --timeout=20\n",
         ),
         Place(
-            path="etc/systemd/network/90-appliance.network",
-            text="# Where nothing else fits the first card: cloud-init's file for DHCP names the MAC address of the\n"
-            "# first boot, and a VM that was copied or moved since has another. Without this it would be cut off.\n"
-            "[Match]\nName=eth0\n\n[Network]\nDHCP=ipv4\n",
-        ),
-        Place(
             path="etc/systemd/resolved.conf.d/10-appliance.conf",
             text="# Names come from DNS; these would listen on every address.\n[Resolve]\nLLMNR=no\nMulticastDNS=no\n",
         ),

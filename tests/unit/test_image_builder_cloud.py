@@ -82,11 +82,19 @@ def test_a_controllers_files(target: Target) -> None:
         controller.files(wishes, controller.Cluster(addresses=["10.0.0.1"]), target=target, hostname="")
         for wishes in (cloud.NO_WISHES, FULL)
     )
-    assert [file.name for file in alone] == ["user-data", "meta-data"]
+    names = ["user-data", "meta-data", *(["network-config"] if target is Target.OWN else [])]
+    assert [file.name for file in alone] == names
     assert b"hostname" not in meta.content
     assert alone[1].content != meta.content, "another instance"
     assert values(user.content)["runcmd"][-1] == ["appliance", "mode", "set", "controller"]
     assert network.name == "network-config"
+
+
+def test_our_own_system_knows_its_first_card_by_name() -> None:
+    """Left to itself, cloud-init binds DHCP to the MAC address of the first boot: a copied disk would be cut off."""
+    told = cloud.network_config(Network(), target=Target.OWN)
+    assert told is not None
+    assert values(told) == {"version": 2, "ethernets": {"eth0": {"dhcp4": True}}}
 
 
 def test_network_config() -> None:
@@ -102,8 +110,9 @@ def test_network_config() -> None:
         "routes": [{"to": "0.0.0.0/0", "via": "192.0.2.1"}, {"to": "::/0", "via": "2001:db8::1"}],
         "nameservers": {"addresses": ["192.0.2.2"]},
     }
-    assert cloud.network_config(Network(), target=Target.OWN) is None
-    assert cloud.network_config(Network(addresses=[], dns=[]), target=Target.OWN) is None
+    for target in (Target.FOREIGN, Target.IMAGE):
+        assert cloud.network_config(Network(), target=target) is None
+        assert cloud.network_config(Network(addresses=[], dns=[]), target=target) is None
     elsewhere = cloud.network_config(Network(dns=["192.0.2.2"]), target=Target.FOREIGN)
     assert elsewhere is not None
     assert values(elsewhere)["ethernets"]["management"] == {

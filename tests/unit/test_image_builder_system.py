@@ -232,16 +232,6 @@ def test_an_agent_tells_its_version_and_what_it_needs(tmp_path: Path) -> None:
     assert overlay.units_of(found) == {"appliance-se.service": "[Unit]\n"}
 
 
-@pytest.mark.parametrize("role", ["se", "controller"])
-def test_the_first_card_asks_for_an_address_whatever_its_mac_address(role: overlay.Role) -> None:
-    """A disk that was copied or moved to a VM with another card."""
-    found = {place.path: place.text for place in overlay.places(role, root_guid="x", openssh=(9, 2), units=UNITS)}
-    network = configparser.ConfigParser()
-    network.read_string(found["etc/systemd/network/90-appliance.network"])
-    assert dict(network["Match"]) == {"name": "eth0"}
-    assert network["Network"]["DHCP"] == "ipv4"
-
-
 def test_what_is_no_agent_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="doesn't hold the agent"):
         agent.load(tmp_path)

@@ -85,7 +85,7 @@ def check_whole(paths: Paths, disk: Disk, *, host_name: str = "edge-1") -> None:
     loaded = se_seed.load(paths, setting="")
     assert loaded.image_key is not None
     taken = paths.root / "var/lib/cloud/seed/nocloud"
-    assert {file.name for file in taken.iterdir()} == {"user-data", "meta-data"}
+    assert {file.name for file in taken.iterdir()} == {"user-data", "meta-data", "network-config"}
     assert not image_key_is_on(disk.path)
     assert disk.path.read_bytes()[SEED_START : SEED_START + SEED_BYTES - (1 << 20)] == bytes(SEED_BYTES - (1 << 20))
     assert disk.seed_partition() is None

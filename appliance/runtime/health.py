@@ -11,6 +11,8 @@ every few seconds, `Health.beat`, and who reads it asks `stuck` before believing
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import threading
 import time
@@ -76,6 +78,12 @@ class Health:
         self._written: object = None
         self._written_at = float("-inf")
         self._is_failing = False
+        self._spare_path = path.with_name(f".{path.name}.spare")
+        self._spare = -1
+        """Kept open for the moment in which no descriptor is left, since what that stops is told here, too. One that
+        were given up for it would be somebody else's at once."""
+        with contextlib.suppress(OSError):
+            self._spare = os.open(self._spare_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def step(self, step: Step, result: StepResult, text: str = "", code: str = "", hint: str = "") -> None:
         """Records how a step went, now."""
@@ -123,7 +131,11 @@ class Health:
         from appliance.runtime import host  # whoever only reads this file needs no figures of the host
 
         mode, state, reason, known = self._line
-        where = ", ".join(dict.fromkeys([*host.addresses(), *known])) or "no address yet"
+        try:
+            own = host.addresses()
+        except OSError:
+            return  # no descriptor left to ask with; whoever told this line goes on all the same
+        where = ", ".join(dict.fromkeys([*own, *known])) or "no address yet"
         text = f"appliance: {mode} {state}: {reason} [{where}]"
         if text == self._on_console:
             return
@@ -156,8 +168,7 @@ class Health:
         )
         draft = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
-            draft.write_bytes(msgspec.json.encode(document))
-            draft.replace(self._path)
+            self._put(draft, msgspec.json.encode(document))
         except OSError as error:
             if not self._is_failing:
                 _log.warning("health can't be written to %s: %s", self._path, error.strerror)
@@ -165,6 +176,19 @@ class Health:
             return
         self._is_failing = False
         self._written, self._written_at = content, now
+
+    def _put(self, draft: Path, content: bytes) -> None:
+        try:
+            draft.write_bytes(content)
+        except OSError as error:
+            if self._spare < 0 or error.errno not in {errno.EMFILE, errno.ENFILE}:
+                raise
+            os.ftruncate(self._spare, 0)
+            os.pwrite(self._spare, content, 0)
+            draft.unlink(missing_ok=True)
+            os.link(self._spare_path, draft)
+        draft.replace(self._path)
+        draft.unlink(missing_ok=True)  # a rename onto another name of the same file leaves both (rename(2))
 
 
 def read_health(path: Path) -> HealthDocument | None:

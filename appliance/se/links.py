@@ -163,6 +163,11 @@ class Links:
                 if error.code == KEY_REFUSED:
                     link.keys.key_refused()
                 self._lost(link, node, error)
+            except OSError as error:
+                line.link = None
+                text = f"this SE's own system refuses what a link needs: {error.strerror or error}"
+                hint = "the next try may do; see open files (`ls /proc/PID/fd`), memory and disk of this machine"
+                self._lost(link, node, TunnelError(text, hint=hint, code="TUNNEL-047"))
             except Exception:  # noqa: BLE001 - top of a thread: what is a defect of one try is told, and tried again
                 self._log.exception("link to node %d: a defect ended it", node.number)
             line.link = None

@@ -49,7 +49,11 @@ def connect(endpoint: str, *, default_port: int, timeout_s: float, stop: StopTok
         if stop.stopped:
             problem = "stopped"
             break
-        sock = socket.socket(family, kind, protocol)
+        try:
+            sock = socket.socket(family, kind, protocol)
+        except OSError as error:  # no descriptor left, or no such kind of address on this machine
+            problem = error.strerror or str(error)
+            continue
         withdraw = stop.on_stop(lambda sock=sock: shut(sock))  # type: ignore[misc]  # bound to this turn's socket
         try:
             sock.settimeout(timeout_s)

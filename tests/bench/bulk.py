@@ -237,7 +237,7 @@ def run(stand: Stand, options: Options) -> Report:
     slow: dict[str, _Under] = {}
     with stand.place() as place, contextlib.ExitStack() as stack:
         server = None
-        if missing := openssh.missing():
+        if missing := openssh.missing(autossh=False):
             notes.append(f"no OpenSSH to compare with: apt-get install {' '.join(missing)}")
         else:
             server = stack.enter_context(openssh.server(place))

@@ -32,9 +32,9 @@ START_S = 20.0
 LOG_INS_AT_ONCE = 32
 
 
-def missing() -> list[str]:
-    """Debian packages without which there is no peer."""
-    needed = {"sshd": "openssh-server", "ssh": "openssh-client", "autossh": "autossh"}
+def missing(*, autossh: bool = True) -> list[str]:
+    """Debian packages without which there is no peer; `autossh` says whether it is one without that."""
+    needed = {"sshd": "openssh-server", "ssh": "openssh-client"} | ({"autossh": "autossh"} if autossh else {})
     return [package for program, package in needed.items() if child.find_program(program) is None]
 
 

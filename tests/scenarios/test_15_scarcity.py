@@ -164,7 +164,8 @@ def test_an_se_out_of_descriptors(place: tuple[Site, RealSe]) -> None:
         until(lambda: at.controller.operator.se("se-1").last_heartbeat_at > beats + 2.0, what="the link lives on")
         at.ssh.reset()
         at.until_state(se, "DOWN LINK_LOST", deadline_s=5.0)
-        until(lambda: "Too many open files" in se.logged(), what="it says why", deadline_s=10.0)
+        until(lambda: "Too many open files" in se.failed(Step.LINK), what="it says why", deadline_s=10.0)
+        assert "Too many open files" in se.why().verdict
         assert se.process is not None
         assert se.process.poll() is None
 

@@ -82,7 +82,7 @@ def test_what_is_written_is_read(health: Health, tmp_path: Path, clock: Hands) -
     assert (found.addresses, found.pid) == (["127.1.0.1"], os.getpid())
     assert (found.started_at, found.since, found.written_at) == (1000.0, 1000.0, 1005.0)
     assert found.steps[0].at == 1005.0
-    assert {file.name for file in tmp_path.iterdir()} == {"health.json", "console"}
+    assert {file.name for file in tmp_path.iterdir()} == {"health.json", ".health.json.spare", "console"}
 
 
 def test_the_line_for_the_console_changes_with_what_it_says_alone(health: Health, tmp_path: Path) -> None:

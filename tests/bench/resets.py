@@ -6,20 +6,20 @@ Some of what grows is meant: the controller keeps the last ways in of each sourc
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 
 import msgspec
 import uvloop
+from rig import link_in_turn
 
 from appliance.lab.simulated import Beats, SharedSshd, SimulatedSe
-from appliance.lab.simulated_link import TurnError
 from appliance.protocol.seed import Bundle
 from bench.processes import resident_bytes
 from bench.report import Report, Row
 from bench.stand import Controller, Options, Stand
 
 WARM = 25
+ENOUGH = 8000
 MIB = 1 << 20
 
 
@@ -33,12 +33,14 @@ def run(stand: Stand, options: Options) -> Report:
     late = counts[len(counts) * 3 // 4]
     first, last = grown[counts[0]], grown[counts[-1]]
     late_kib = (last - grown[late]) / 1024 / (counts[-1] - late)
+    # Fewer don't fill what is kept on purpose.
+    goal = 0.5 if options.count >= ENOUGH else None
     told = ", ".join(f"{count}: {grown[count] / MIB:.1f}" for count in counts)
     return Report(
         bench="resets",
         rows=[
             Row(name="resets.grown_mib", value=round((last - first) / MIB, 1), unit="MiB", better="low"),
-            Row(name="resets.last_quarter_kib", value=round(late_kib, 2), unit="KiB a link", goal=0.5, better="low"),
+            Row(name="resets.last_quarter_kib", value=round(late_kib, 2), unit="KiB a link", goal=goal, better="low"),
         ],
         notes=[f"{stand.what}; resident memory in MiB after so many links: {told}"],
     )
@@ -51,13 +53,7 @@ async def _reset(stand: Stand, controller: Controller, count: int) -> dict[int, 
     await se.enroll()
     found = {}
     for turn in range(1, count + 1):
-        while True:
-            try:
-                await se.link()
-            except TurnError as busy:
-                await asyncio.sleep(busy.wait_s)
-            else:
-                break
+        await link_in_turn(se)
         await se.beat()
         conn = se.conn
         se.close()

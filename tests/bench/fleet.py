@@ -20,6 +20,7 @@ import msgspec
 
 from appliance.errors import ApplianceError
 from appliance.lab.fleet import FleetReport
+from appliance.protocol.operator import StatusView
 from appliance.runtime import child
 from bench import openssh
 from bench.processes import BenchError, children, cpu_s, proportional_bytes, resident_bytes
@@ -210,27 +211,31 @@ def running(stand: Stand, controller: Controller, ses: int) -> Iterator[tuple[su
 
 
 def _up(controller: Controller) -> int:
-    states = controller.operator.status().states
-    return sum(states.get(state, 0) for state in WORKING)
+    return _working(controller.operator.status())
+
+
+def _working(status: StatusView) -> int:
+    return sum(status.states.get(state, 0) for state in WORKING)
 
 
 def await_up(stand: Stand, controller: Controller, ses: int, process: subprocess.Popen[bytes], log: Path) -> float:
-    """Returns when (monotonic) the last SE came up. Gives up where nothing more comes for a minute."""
-    best, told, progress_at = -1, 0.0, time.monotonic()
+    """Returns when (monotonic) the last SE came up. Gives up where nothing more comes, or enrolls, for a minute."""
+    best, enrolled, told, progress_at = -1, 0, 0.0, time.monotonic()
     while best < ses:
         # Asking costs the controller time in proportion to the fleet.
         pass_time(max(0.25, ses / 5000), process, log)
         try:
-            up = _up(controller)
+            status = controller.operator.status()
+            up, known = _working(status), status.enrolled
         except ApplianceError as error:
             stand.say(f"the controller: {error}")
-            up = best
+            up, known = best, enrolled
         now = time.monotonic()
-        if up > best:
-            best, progress_at = up, now
+        if up > best or known > enrolled:
+            best, enrolled, progress_at = max(up, best), known, now
         if now - told >= 5:
             told = now
-            stand.say(f"{max(best, 0)} of {ses} SEs UP")
+            stand.say(f"{enrolled} of {ses} SEs enrolled, {max(best, 0)} UP")
         if now - progress_at > PATIENCE_S:
             stand.say(f"{best} of {ses} SEs UP, no more for a minute; measuring those")
             break

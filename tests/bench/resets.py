@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 
+import asyncssh
 import msgspec
 import uvloop
 from rig import link_in_turn
@@ -58,7 +59,7 @@ async def _reset(stand: Stand, controller: Controller, count: int) -> dict[int, 
         conn = se.conn
         se.close()
         if conn is not None:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, asyncssh.Error):
                 await conn.wait_closed()
         if turn == WARM or turn % max(1, count // 16) == 0:
             found[turn] = resident_bytes([controller.pid])

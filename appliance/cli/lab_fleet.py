@@ -115,7 +115,11 @@ def _run_children(bundle: Path, *, ses: int, seconds: float, prefix: str, proces
         for child in children:
             child.send_signal(signal.SIGUSR1)
 
+    def stop(*_signal: object) -> None:
+        raise KeyboardInterrupt
+
     signal.signal(signal.SIGUSR1, begin)
+    signal.signal(signal.SIGTERM, stop)  # as Ctrl-C: nothing may stay behind
     threads = [threading.Thread(target=drain, args=(index,)) for index in range(processes)]
     try:
         for thread in threads:

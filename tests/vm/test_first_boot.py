@@ -327,9 +327,9 @@ def test_without_network_it_waits_and_without_approval_it_shows_its_key(tmp_path
             controller,
             "--seed-name",
             "edge-1",
-            "--address",
+            "--network-address",
             "10.0.2.33/24",
-            "--dns",
+            "--network-dns",
             "10.0.2.3",
             bundle=bundle,
         )

@@ -469,10 +469,14 @@ def test_a_build_that_is_stopped_leaves_nothing(tmp_path: Path, baker: Baker, nu
         baker.command(base), env={**os.environ, "PATH": f"{slow}:{os.environ['PATH']}"},
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
-    until(lambda: (tmp_path / "started").exists() and (tmp_path / "started").read_text().strip(), what="the slow tool")
-    assert any(baker.out.iterdir())
-    process.send_signal(number)
-    _, stderr = process.communicate(timeout=30)
+    try:
+        started = tmp_path / "started"
+        until(lambda: started.exists() and started.read_text().strip(), what="the slow tool")
+        assert any(baker.out.iterdir())
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 130, stderr
     assert b"Traceback" not in stderr
     assert list(baker.out.iterdir()) == []

@@ -145,13 +145,11 @@ class Door:
         line, slots = self._line, self._slots
         if not line and slots.may_enter():
             self._begin(waiting)
-        elif len(line) >= self._most or line.of(waiting.network) >= self._most_per_source:
-            self._refused()
-            waiting.transport.abort()
-        elif len(line) < slots.places:
+        elif (last_word := self.glance(waiting.network)) is None:
             line.append(waiting.network, waiting, self._loop.time())
         else:
-            self._turn_away(waiting)
+            waiting.transport.write(last_word)
+            waiting.transport.close()
 
     def advance(self) -> None:
         """Lets in who may come now; to be called whenever a log-in ended, and each tick."""

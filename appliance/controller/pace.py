@@ -71,6 +71,7 @@ class PacedConnection(SSHConnection):
     rests = False
     """Whether nothing is read of it for now."""
     _is_paused = False
+    _rests_until = 0.0
 
     def _recv_data(self) -> None:
         """Reads what came, as asyncssh does, for `TURN_S` at most."""
@@ -91,7 +92,11 @@ class PacedConnection(SSHConnection):
 
     def rest(self, seconds: float) -> None:
         """Reads nothing of the peer for so long: until the next turn for 0."""
-        if self.rests or self._transport is None:
+        if self._transport is None:
+            return
+        # The end of a turn must not cut a longer rest short that is asked for before the next one.
+        self._rests_until = max(self._rests_until, self._loop.time() + seconds)
+        if self.rests:
             return
         self.rests = True
         if not self._is_paused:
@@ -101,6 +106,10 @@ class PacedConnection(SSHConnection):
         self._loop.call_later(seconds, self._read_on)
 
     def _read_on(self) -> None:
+        left_s = self._rests_until - self._loop.time()
+        if left_s > 0.001:
+            self._loop.call_later(left_s, self._read_on)
+            return
         self.rests = False
         if self._transport is not None and not self._transport.is_closing():
             self._recv_data()

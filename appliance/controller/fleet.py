@@ -31,7 +31,7 @@ HEARTBEATS_AN_INTERVAL = 4
 """Of one link, beside a burst: an agent sends one, and a second where the first goes unanswered."""
 SWEEP_S = 0.25
 """How often the fleet looks for overdue links."""
-BURDEN_SWEEP_S = 1.0
+BURDEN_SWEEP_S = 0.5
 """How often it looks for links that burden the controller."""
 MAX_LINKS_PER_SE = 8
 """Connections logged in with one SE's key: whoever copied it must not take the room of other SEs."""

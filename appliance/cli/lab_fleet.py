@@ -120,6 +120,7 @@ def _run_children(bundle: Path, *, ses: int, seconds: float, prefix: str, proces
 
     signal.signal(signal.SIGUSR1, begin)
     signal.signal(signal.SIGTERM, stop)  # as Ctrl-C: nothing may stay behind
+    signal.signal(signal.SIGINT, stop)  # also where a shell started this in the background, which ignores it
     threads = [threading.Thread(target=drain, args=(index,)) for index in range(processes)]
     try:
         for thread in threads:

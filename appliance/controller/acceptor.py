@@ -9,10 +9,13 @@ begins with a key exchange; and after those that were turned away the door rests
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import socket
 from collections.abc import Callable
 from typing import Any
+
+from appliance.controller.descriptors import Descriptors
 
 _log = logging.getLogger(__name__)
 
@@ -31,11 +34,12 @@ Take = Callable[[socket.socket, Any], bool]
 class Acceptor:
     """One listening socket. One loop only."""
 
-    def __init__(self, sock: socket.socket, take: Take, *, what: str) -> None:
+    def __init__(self, sock: socket.socket, take: Take, *, descriptors: Descriptors, what: str) -> None:
         """`what` names the port in the log."""
         sock.setblocking(False)
         self._sock = sock
         self._take = take
+        self._descriptors = descriptors
         self._what = what
         self._loop = asyncio.get_running_loop()
         self._resting: asyncio.TimerHandle | None = None
@@ -71,11 +75,16 @@ class Acceptor:
             except ConnectionAbortedError:
                 continue
             except OSError as error:
+                if error.errno in {errno.EMFILE, errno.ENFILE}:
+                    self._descriptors.ran_out()
                 _log.error("can't accept on the %s port: %s", self._what, error)
                 self._rest(PAUSE_S)
                 return
             connection.setblocking(False)
-            if self._take(connection, name):
+            if not self._descriptors.spares(connection.fileno()):
+                connection.close()
+                turned_away += 1
+            elif self._take(connection, name):
                 let_in += 1
             else:
                 turned_away += 1

@@ -27,6 +27,7 @@ from asyncssh.kex_dh import _KexHybridECDH
 from asyncssh.logging import SSHLogger
 
 from appliance.controller.acceptor import Acceptor
+from appliance.controller.descriptors import Descriptors
 from appliance.controller.listener import peer_address
 from appliance.controller.pace import PacedConnection
 from appliance.controller.rate import network_of
@@ -185,7 +186,7 @@ class Door:
 
 def listen(
     sock: socket.socket, make_door: Callable[[asyncssh.SSHServerConnectionOptions], Door], *,
-    has_room: Callable[[str], bool] = lambda _source: True, **terms: Any,
+    descriptors: Descriptors, has_room: Callable[[str], bool] = lambda _source: True, **terms: Any,
 ) -> tuple[asyncssh.SSHAcceptor, Door]:  # fmt: skip
     """Accepts connections on a bound socket behind a door; `terms` are of `asyncssh.SSHServerConnectionOptions`.
 
@@ -216,5 +217,5 @@ def listen(
             connection.close()
 
     sock.listen(BACKLOG)
-    acceptor = Acceptor(sock, take, what="SSH")
+    acceptor = Acceptor(sock, take, descriptors=descriptors, what="SSH")
     return asyncssh.SSHAcceptor(acceptor, options), door  # type: ignore[arg-type]  # it has what is asked of one

@@ -16,6 +16,7 @@ import msgspec
 
 from appliance.controller.events import Events
 from appliance.controller.link import HEARTBEAT_BURST, Link, unsent_bytes
+from appliance.controller.losses import Losses
 from appliance.controller.records import SeRecord
 from appliance.controller.registry import Registry, drift
 from appliance.controller.telemetry import History
@@ -102,6 +103,7 @@ class Fleet:
         self._quarantined: dict[str, set[Link]] = {}
         self._memo: dict[str, _Memo] = {}
         self._lost: dict[str, tuple[Reason, str]] = {}
+        self._losses = Losses()
         self._last_heartbeat: dict[str, float] = {}
         self._pinging: set[asyncio.Task[None]] = set()
         self._asked: set[int] = set()
@@ -131,6 +133,10 @@ class Fleet:
     def age_s(self, link: Link) -> float:
         """Seconds since a link logged in."""
         return self._monotonic() - link.opened_at
+
+    def flapping(self, se_id: str) -> str:
+        """A sentence where an SE's link comes and goes, else ""."""
+        return self._losses.told(se_id, self._monotonic())
 
     def last_heartbeat_at(self, se_id: str) -> float:
         """When an SE's newest heartbeat came, seconds since 1970; 0 where none came."""
@@ -165,7 +171,9 @@ class Fleet:
         if older is not None and older is not link:
             self._by_last_seen.pop(older.link_id, None)
             self._asked.discard(older.link_id)
-            older.close(Reason.LINK_LOST, f"the SE came back from {link.source}")
+            text = f"the SE came back from {link.source}"
+            self._losses.note(link.se_id, text, self._monotonic())
+            older.close(Reason.LINK_LOST, text)
         self.look(link.se_id)
 
     def quarantine(self, link: Link) -> None:
@@ -251,6 +259,7 @@ class Fleet:
         if self._links.get(link.se_id) is link:
             del self._links[link.se_id]
             self._lost[link.se_id] = (link.lost_reason, link.lost_text)
+            self._losses.note(link.se_id, link.lost_text, self._monotonic())
         self.look(link.se_id)
 
     # The watch over silence.
@@ -414,6 +423,8 @@ class Fleet:
             alarms.append("the SE came back with an older link ticket (snapshot or restored disk)")
         if link is not None and link.open_doors:
             alarms.append(unconfined(link.open_doors))
+        if flapping := self.flapping(record.se_id):
+            alarms.append(flapping)
         image = self.registry.image(record.facts.image_digest)
         return SeDetail(
             summary=self.summary(record),
@@ -453,6 +464,7 @@ class Fleet:
         """An SE is no more, not even as a tombstone."""
         self._memo.pop(se_id, None)
         self._lost.pop(se_id, None)
+        self._losses.forget(se_id)
         self._last_heartbeat.pop(se_id, None)
         self.history.drop(se_id)
 

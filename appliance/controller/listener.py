@@ -24,6 +24,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from appliance.controller.acceptor import Acceptor
+from appliance.controller.descriptors import Descriptors
 from appliance.controller.rate import network_of
 
 _log = logging.getLogger(__name__)
@@ -218,6 +219,7 @@ class TlsListener:
         context: ssl.SSLContext,
         front: FrontEnd,
         *,
+        descriptors: Descriptors,
         handshake_timeout_s: float,
         max_connections: int,
         max_per_source: int,
@@ -227,6 +229,7 @@ class TlsListener:
         self._sock = sock
         self._context = context
         self._front = front
+        self._descriptors = descriptors
         self._handshake_timeout_s = handshake_timeout_s
         self._max = max_connections
         self._max_per_source = max_per_source
@@ -244,7 +247,7 @@ class TlsListener:
 
     async def run(self) -> None:
         """Accepts until cancelled."""
-        acceptor = Acceptor(self._sock, self._take, what="enrollment")
+        acceptor = Acceptor(self._sock, self._take, descriptors=self._descriptors, what="enrollment")
         try:
             await asyncio.Event().wait()
         finally:

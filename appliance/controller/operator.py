@@ -36,6 +36,7 @@ from appliance.protocol.telemetry import Sample
 from appliance.protocol.why import Chain, Link, Step, StepResult, verdict
 
 REVERSE_WORKS = "its sshd answers with the enrolled host key"
+FLAPPING_HINT = "look at the way between the two: `ping` from the SE's console, its interface's error counters, a NAT"
 REVERSE_HINT = "on the SE: systemctl status ssh; `appliance why` there tells its half"
 MAX_WAIT_S = 60.0
 MAX_AUDIT_PAGE = 10_000
@@ -76,6 +77,7 @@ class OperatorApi:
         view: Callable[[], ControllerView],
         refusals: Callable[[], Counter[str]],
         problems: Callable[[], list[str]],
+        hindrances: Callable[[], list[str]],
         drain: Callable[[], None],
         wall: Callable[[], float],
     ) -> None:
@@ -86,6 +88,8 @@ class OperatorApi:
         self._view = view
         self._refusals = refusals
         self._problems = problems
+        self._hindrances = hindrances
+        """What keeps links from coming up, whosever they are."""
         self._drain = drain
         self._wall = wall
 
@@ -193,11 +197,13 @@ class OperatorApi:
             hint = "" if record.status is SeStatus.DELETED else f"appliance se reinstate {record.number}"
             at, code = record.status_at, derived.reason.value
             return [*steps, Link(step=Step.LINK, result=failed, at=at, text=text, code=code, hint=hint)]
+        flapping = self._fleet.flapping(record.se_id)
         if link is None:
             last = seen.get(Step.LINK)
             text, code, hint, at = derived.text, derived.reason.value, "", self._fleet.state(record)[1]
             if last is not None and last.result is failed and last.at >= at:
                 text, code, hint, at = last.text, last.code, last.hint, last.at
+            text = "; ".join(filter(None, [text, *self._hindrances(), flapping]))
             never = not record.confirmed_at and (last is None or last.result is not failed)
             return [
                 *steps,
@@ -210,10 +216,14 @@ class OperatorApi:
             hello, code = f"{hello}; {derived.text}", derived.reason.value
             hint = f"switch the copy off, then: appliance se release {record.number}"
         steps += [
-            Link(step=Step.LINK, result=ok, at=opened_at, text=f"from {link.source}"),
+            Link(
+                step=Step.LINK, result=ok, at=opened_at, text=f"from {link.source}{flapping and f'; {flapping}'}",
+                code="FLAPPING" if flapping else "", hint=FLAPPING_HINT if flapping else "",
+            ),
             Link(
                 step=Step.HELLO, result=ok if link.confirmed else waiting, at=opened_at if link.confirmed else 0.0,
-                text=hello if link.confirmed else "no confirmed hello yet", code=code, hint=hint,
+                text=hello if link.confirmed else "; ".join(["no confirmed hello yet", *self._hindrances()]),
+                code=code, hint=hint,
             )
             if not link.open_doors
             else Link(

@@ -19,6 +19,7 @@ from appliance.controller.admission import Admission
 from appliance.controller.attempts import Attempts
 from appliance.controller.audit import Audit
 from appliance.controller.channel import ChannelApi
+from appliance.controller.descriptors import Descriptors
 from appliance.controller.direct import DirectFrontEnd
 from appliance.controller.enroll import EnrollApi
 from appliance.controller.events import Events
@@ -95,6 +96,7 @@ class Parts:
         self.health = Health(paths.health_file, "controller", clock)
         self.events = Events(clock.now)
         self.attempts = Attempts()
+        self.descriptors = Descriptors(clock.monotonic)
         self.history = History(history_s=terms.telemetry_history_s)
         audit = Audit(store, cluster_id=cluster.cluster_id, node=cluster.node, epoch=cluster.epoch)
         self.registry = Registry(store, audit, wall=clock.now)
@@ -174,6 +176,7 @@ class Parts:
             view=self.view,
             refusals=lambda: self.enroll_api.refusals,
             problems=self.problems,
+            hindrances=self.hindrances,
             drain=self.drain,
             wall=clock.now,
         )
@@ -225,6 +228,7 @@ class Parts:
             attempts=self.attempts,
             channel_api=self.channel_front,
             windows=windows,
+            descriptors=self.descriptors,
             on_lost=self._lost,
             wall=clock.now,
             monotonic=clock.monotonic,
@@ -332,12 +336,20 @@ class Parts:
             clock_is_synchronised=self.clock.synchronised(),
             now=self.clock.now(),
         )
-        return [*found, *self.kept.problems()]
+        return [*self.hindrances(), *found, *self.kept.problems()]
+
+    def hindrances(self) -> list[str]:
+        """What keeps SEs from coming up now, whosever they are."""
+        found = [self.descriptors.problem(), self.gateway.problem()]
+        if slow_s := self.store.slow_s():
+            found.append(f"the store is slow: it took {slow_s:.1f} s to write something; look at this host's disk")
+        return [text for text in found if text]
 
     def _refused(self) -> dict[str, int]:
         """Whom the limits turned away, by reason, since the start."""
         found = {f"gateway-{kind}": count for kind, count in self.gateway.refusals.items()}
         found["gateway-slot"] = self.gateway.slots.shed
+        found["descriptors"] = self.descriptors.refused
         found |= {f"reverse-{kind}": count for kind, count in self.reverse.refusals.items()}
         found |= {f"link-{kind}": count for kind, count in self.fleet.refusals.items()}
         fronts = {"enroll": self.enroll_front, "channel": self.channel_front, "operator": self.operator_front}

@@ -25,6 +25,7 @@ import asyncssh
 from appliance import settings
 from appliance.controller.attempts import Attempts
 from appliance.controller.connection import Door, listen
+from appliance.controller.descriptors import Descriptors
 from appliance.controller.fleet import Fleet
 from appliance.controller.link import REFUSED_RESTS_S, Link
 from appliance.controller.listener import FrontEnd, peer_address
@@ -116,6 +117,7 @@ class Gateway:
         attempts: Attempts,
         channel_api: FrontEnd,
         windows: Pool,
+        descriptors: Descriptors,
         on_lost: Callable[[Link], None],
         wall: Callable[[], float],
         monotonic: Callable[[], float],
@@ -126,6 +128,7 @@ class Gateway:
         self.attempts = attempts
         self.channel_api = channel_api
         self.windows = windows
+        self.descriptors = descriptors
         self.on_lost = on_lost
         self.wall = wall
         self.monotonic = monotonic
@@ -152,6 +155,11 @@ class Gateway:
             or waiting[network_of(source)] >= self.terms.max_unauthenticated_per_source
         )
 
+    def problem(self) -> str:
+        """What keeps everybody out, "" where nothing does."""
+        most = self.terms.max_links
+        return f"all {most} links that controller.max_links allows are taken" if self.links >= most else ""
+
     def lets_in(self, source: str) -> bool:
         """The same, and counts who is turned away."""
         if self.has_room(source):
@@ -168,6 +176,7 @@ class Gateway:
         acceptor, self.door = listen(
             sock,
             self._door_for,
+            descriptors=self.descriptors,
             has_room=self.lets_in,
             server_factory=lambda: Peer(self),
             server_host_keys=[str(host_key)],

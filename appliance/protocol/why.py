@@ -54,7 +54,8 @@ class Chain(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def verdict(steps: list[Link]) -> str:
-    """Returns the sentence for a chain: the first failed step, else the first that waits, else that all is well.
+    """Returns the sentence for a chain: the first failed step, else the first that waits, else that all happened, with
+    the first reservation (a code on a step that went well).
 
     Steps that the other side alone sees say nothing; where there are only such, so does the verdict.
     """
@@ -65,4 +66,7 @@ def verdict(steps: list[Link]) -> str:
                 return f"{lead} {link.step.value}: {link.text}" + (f" ({link.code})" if link.code else "")
     if all(link.result is StepResult.UNSEEN for link in steps):
         return "nothing of it was seen on this side"
-    return "all steps happened"
+    noted = next((link for link in steps if link.result is StepResult.OK and link.code), None)
+    if noted is None:
+        return "all steps happened"
+    return f"all steps happened, with a reservation at {noted.step.value}: {noted.text} ({noted.code})"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import time
 from collections.abc import AsyncIterator
 
 import asyncssh
@@ -12,6 +13,7 @@ import pytest
 import uvloop
 
 from appliance.controller.connection import MAX_SAID_BYTES, Door, listen
+from appliance.controller.descriptors import Descriptors
 from appliance.controller.slots import FEW, LATE_S, PATIENCE_S, Slots
 from appliance.protocol.tunnel import read_slot
 
@@ -55,6 +57,7 @@ async def bench(*, most: int = 100, most_per_source: int = 100) -> AsyncIterator
         lambda options: Door(
             stand.slots, options, most=most, most_per_source=most_per_source, refused=stand.count_refused
         ),
+        descriptors=Descriptors(time.monotonic),
         server_factory=Server,
         server_host_keys=[asyncssh.generate_private_key("ssh-ed25519")],
     )

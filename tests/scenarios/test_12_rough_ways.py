@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 
@@ -102,6 +103,23 @@ def test_a_power_cut_leaves_half_a_connection_and_no_clone(place: tuple[Site, Re
     with judged(at, se, back_s=10.0, restarts=True, samples_apart_s=15.0):
         cable.forget()
         se.kill()
+        at.until_state(se, "DOWN HEARTBEAT_MISSED", deadline_s=NOTICE_S + SLACK_S)
+        told = at.controller.operator.why("se-1").verdict
+        assert re.search(r"stopped at link: nothing heard for [\d.]+ s, and a ping went unanswered", told)
+        se.start()
+        began = time.monotonic()
+        until(lambda: se.state == "UP", what="the SE is back", deadline_s=10.0)
+        at.until_state(se, "UP OK", deadline_s=5.0)
+        assert time.monotonic() - began < 12.0
+    assert at.events("se.clone") == []
+
+
+def test_a_short_power_cut_leaves_half_a_connection(place: tuple[Site, RealSe, RoughCable]) -> None:
+    """It is back before anybody noticed: the controller asks the old link, hears nothing, and lets the new one in."""
+    at, se, cable = place
+    with judged(at, se, back_s=10.0, restarts=True, samples_apart_s=15.0):
+        cable.forget()
+        se.kill()
         se.start()
         began = time.monotonic()
         until(lambda: se.state == "UP", what="the SE is back", deadline_s=10.0)
@@ -133,4 +151,7 @@ def test_flapping_makes_no_storm_and_heals(place: tuple[Site, RealSe, RoughCable
         assert dials <= 2.5 * seconds, "no storm"
         assert dials >= 1
         assert se.state in {"UP", "DOWN"}
-    assert at.controller.operator.se("se-1").alarms == []
+        told = at.controller.operator.why("se-1")
+        assert told.verdict.endswith("(FLAPPING)")
+        assert "its link was lost" in told.verdict
+        assert at.controller.operator.se("se-1").alarms != []

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
+import socket
 import subprocess
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lab_rig import NOTICE_S, SLACK_S, RealSe, Site, site
+from lab_rig import NOTICE_S, SLACK_S, RealSe, Resources, Site, site
 from rig import until
 from rough import controller_pid, few_descriptors, judged
 
@@ -141,6 +144,12 @@ def test_the_controllers_disk_is_slow(tmp_path: Path) -> None:
             until(lambda: at.controller.operator.se("se-1").last_heartbeat_at > beats + 3.0, what="it holds")
             assert se.logged().count("linked -> up") == links, "no heartbeat waits for the disk"
             at.ssh.reset()
+            told = until(
+                lambda: "store is slow" in (text := at.controller.operator.why("se-1").verdict) and text,
+                what="`why` names the disk while the link comes up",
+            )
+            assert told.startswith(("stopped at link", "waiting for hello"))
+            assert any("the store is slow: it took" in text for text in at.controller.operator.status().problems)
             until(lambda: se.logged().count("linked -> up") == links + 1, what="the SE is linked anew")
             at.se("late").start()
             at.until_up(at.ses[-1], deadline_s=30.0)
@@ -184,6 +193,31 @@ def test_a_controller_out_of_descriptors(place: tuple[Site, RealSe]) -> None:
         until(lambda: se.state == "DOWN", what="the SE notices")
     assert at.controller.process is not None
     assert at.controller.process.poll() is None
+
+
+def test_the_last_descriptors_are_kept_for_operators(place: tuple[Site, RealSe]) -> None:
+    """Silent strangers take nearly all: further ones are turned away, and who asks is told what keeps SEs out."""
+    at, se = place
+    held = judged(at, se, back_s=20.0, room=Resources(0, 1))
+    with held, few_descriptors(controller_pid(at), spare=40), contextlib.ExitStack() as strangers:
+        for _ in range(80):
+            strangers.enter_context(socket.create_connection(("127.0.0.1", at.controller.enroll_port)))
+        until(lambda: descriptors_refused(at) > 20, what="strangers are turned away")
+        at.ssh.cut()
+        at.until_state(se, "DOWN HEARTBEAT_MISSED", deadline_s=NOTICE_S + SLACK_S)
+        told = at.controller.operator.why("se-1").verdict
+        assert told.startswith("stopped at link: nothing heard")
+        assert "connections are turned away: nearly all of" in told
+        assert any("raise LimitNOFILE" in text for text in at.controller.operator.status().problems)
+        at.ssh.mend()
+
+
+def descriptors_refused(at: Site) -> int:
+    """How many connections found no descriptor."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{at.controller.bound['metrics_port']}/metrics", timeout=10) as page:
+        found = re.search(r'appliance_refused_total\{reason="descriptors"\} (\d+)', page.read().decode())
+    assert found is not None
+    return int(found[1])
 
 
 def heartbeats(se: RealSe) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import resource
 import socket
 import time
@@ -12,9 +13,11 @@ from typing import Any
 
 import pytest
 import uvloop
+from rig import until_async
 
 from appliance.controller import acceptor
 from appliance.controller.acceptor import LET_IN, TURNED_AWAY_PER_S, Acceptor
+from appliance.controller.descriptors import TOLD_S, Descriptors
 
 CROWD = 60
 
@@ -28,7 +31,8 @@ class Door:
         """The loop's turn in which each came."""
         self.turn = 0
         self._lets_in = lets_in
-        self.acceptor = Acceptor(sock, self._take, what="test")
+        self.descriptors = Descriptors(time.monotonic)
+        self.acceptor = Acceptor(sock, self._take, descriptors=self.descriptors, what="test")
 
     def _take(self, connection: socket.socket, name: Any) -> bool:
         assert name[0] == "127.0.0.1"
@@ -122,6 +126,7 @@ def test_without_descriptors_it_waits_and_goes_on(
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, limits)
             assert not door.turns
+            assert "are in use; raise LimitNOFILE" in door.descriptors.problem()
             assert 1 <= caplog.text.count("can't accept on the test port: ") <= 7, "it doesn't spin"
             await door.until(3)
             door.acceptor.stop()
@@ -129,6 +134,46 @@ def test_without_descriptors_it_waits_and_goes_on(
                 connection.close()
 
     run(go())
+
+
+def test_the_last_descriptors_are_given_to_nobody_who_comes(listener: socket.socket) -> None:
+    async def go() -> None:
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with crowd(listener, 3) as there:
+            door = Door(listener)
+            assert door.descriptors.problem() == ""
+            lowest_free = os.dup(0)
+            os.close(lowest_free)
+            # An eighth of so many are kept back.
+            resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free * 8 // 7, limits[1]))
+            try:
+                await until_async(lambda: door.descriptors.refused == 3, what="all are turned away")
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            assert not door.turns
+            assert [client.recv(1) for client in there] == [b""] * 3
+            assert "connections are turned away" in door.descriptors.problem()
+            door.acceptor.stop()
+
+    run(go())
+
+
+def test_a_shortage_is_told_for_a_while() -> None:
+    now = [0.0]
+    found = Descriptors(lambda: now[0])
+    assert found.problem() == ""
+    found.ran_out()
+    now[0] = TOLD_S
+    assert f"nearly all of {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} file descriptors" in found.problem()
+    now[0] += 0.1
+    assert found.problem() == ""
+    assert found.refused == 1
+
+
+def test_without_a_limit_there_is_no_shortage(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+    monkeypatch.setattr(resource, "getrlimit", lambda _what: limits)
+    assert Descriptors(time.monotonic).spares(1 << 20)
 
 
 def test_a_stop_ends_a_rest_too(listener: socket.socket) -> None:

@@ -9,9 +9,9 @@ from appliance.protocol.why import Link, Step, StepResult, verdict
 OK, FAILED, WAITING, UNSEEN = StepResult.OK, StepResult.FAILED, StepResult.WAITING, StepResult.UNSEEN
 
 
-def chain(**results: StepResult) -> list[Link]:
+def chain(code: str = "", **results: StepResult) -> list[Link]:
     return [
-        Link(step=step, result=results.get(step.name, OK), text=f"{step.value} text", code="X-1" * (step is Step.TLS))
+        Link(step=step, result=results.get(step.name, OK), text=f"{step.value} text", code=code * (step is Step.TLS))
         for step in Step
     ]
 
@@ -21,7 +21,10 @@ def chain(**results: StepResult) -> list[Link]:
     [
         (chain(), "all steps happened"),
         (chain(BOOT=UNSEEN, STORED=UNSEEN), "all steps happened"),
-        (chain(TLS=FAILED, NONCE=WAITING), "stopped at tls: tls text (X-1)"),
+        (chain("X-1"), "all steps happened, with a reservation at tls: tls text (X-1)"),
+        (chain("X-1", TLS=UNSEEN), "all steps happened"),
+        (chain("X-1", HELLO=WAITING), "waiting for hello: hello text"),
+        (chain("X-1", TLS=FAILED, NONCE=WAITING), "stopped at tls: tls text (X-1)"),
         (chain(BOOT=WAITING, LINK=FAILED, HELLO=FAILED), "stopped at link: link text"),
         (chain(GRANT=WAITING, LINK=WAITING), "waiting for grant: grant text"),
         (chain(**{step.name: UNSEEN for step in Step}), "nothing of it was seen on this side"),

@@ -19,7 +19,7 @@ import pytest
 import appliance
 from appliance.controller.store import schema
 from appliance.controller.store.port import CompactedError, Compare, Delete, Put, Store, prefix_end
-from appliance.controller.store.sqlite import SqliteStore
+from appliance.controller.store.sqlite import SLOW_S, SLOW_TOLD_S, SqliteStore
 from appliance.errors import DowngradeError, StorageError, StoreError
 from appliance.runtime.clock import SystemClock
 
@@ -87,6 +87,31 @@ def writing_elsewhere(path: Path) -> Iterator[sqlite3.Connection]:
         yield connection
     finally:
         connection.close()
+
+
+# A slow disk
+
+
+def test_a_slow_commit_is_told_for_a_while(tmp_path: Path) -> None:
+    clock = StandingClock()
+    under_way: list[float] = []
+
+    async def scene(store: SqliteStore) -> None:
+        def disk(statement: str) -> None:
+            if statement == "COMMIT":
+                under_way.append(store.slow_s())
+                clock.monotonic_s += 2 * SLOW_S
+                under_way.append(store.slow_s())
+
+        store._writing.set_trace_callback(disk)
+        await put(store, "a")
+        store._writing.set_trace_callback(None)
+        assert under_way == [0.0, 2 * SLOW_S]
+        assert store.slow_s() == 2 * SLOW_S
+        clock.monotonic_s += SLOW_TOLD_S
+        assert store.slow_s() == 0.0
+
+    play(tmp_path / "store.sqlite", scene, clock=clock)
 
 
 # Grouped commits
@@ -447,7 +472,7 @@ FILE_LIMIT = """
 import asyncio, resource, sys
 from pathlib import Path
 from appliance.controller.store.port import Put
-from appliance.controller.store.sqlite import SqliteStore
+from appliance.controller.store.sqlite import SLOW_S, SLOW_TOLD_S, SqliteStore
 from appliance.errors import StoreError
 from appliance.runtime.clock import SystemClock
 
@@ -554,7 +579,7 @@ WRITE_ON = """
 import asyncio, sys
 from pathlib import Path
 from appliance.controller.store.port import Compare, Put
-from appliance.controller.store.sqlite import SqliteStore
+from appliance.controller.store.sqlite import SLOW_S, SLOW_TOLD_S, SqliteStore
 from appliance.runtime.clock import SystemClock
 
 async def write(store, worker):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import math
 import queue
 import sqlite3
 import threading
@@ -46,6 +47,9 @@ _GATHER_S = 0.01
 """Least time between two commits while several callers write. A commit costs as much processor time as six of the
 operations in it, so that under load waiting a moment for more of them is the shorter way for all."""
 _EVENTS_AT_ONCE = 64
+SLOW_S = 0.25
+"""A commit that takes longer is told: a disk needs some milliseconds."""
+SLOW_TOLD_S = 60.0
 _PAUSE_AFTER_FAILURE_S = 1.0
 """Before leases that could not be ended (disk full) are tried again."""
 
@@ -98,6 +102,10 @@ class SqliteStore:
         self._ledger = ledger.Ledger(writing, clock=clock, keep_revisions=keep_revisions)
         self._revision = self._ledger.revision
         self._stats = Stats()
+        self._slow = (-math.inf, 0.0)
+        """When the last slow commit ended, by the monotonic clock, and how long it took."""
+        self._began_at: float | None = None
+        """The commit under way."""
         self._closed = False
         self._watchers: set[_Watcher] = set()
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
@@ -137,6 +145,13 @@ class SqliteStore:
     def stats(self) -> Stats:
         """Counts so far."""
         return self._stats
+
+    def slow_s(self) -> float:
+        """How long the last slow commit took, or the one under way takes so far; 0 where none was slow of late."""
+        now, began = self._clock.monotonic(), self._began_at
+        so_far_s = now - began if began is not None else 0.0
+        ended, took_s = self._slow
+        return max(so_far_s if so_far_s > SLOW_S else 0.0, took_s if now - ended < SLOW_TOLD_S else 0.0)
 
     async def get(self, key: str) -> Entry | None:
         """See `port.Store`."""
@@ -270,6 +285,7 @@ class SqliteStore:
     def _commit(self, group: Sequence[_Work]) -> bool:
         outcomes: list[Any] = []
         book = self._ledger
+        began = self._began_at = self._clock.monotonic()
         try:
             book.begin()
             before = self._writing.total_changes
@@ -280,6 +296,7 @@ class SqliteStore:
                 except StoreError as error:
                     outcomes.append(error)
             book.commit()
+            self._ended(began)
         except sqlite3.Error as error:
             outcomes = [schema.explain(error, self._path) for _ in group]
         except Exception as error:  # noqa: BLE001 - a worker's top: a defect must answer its callers, not hang them
@@ -292,8 +309,14 @@ class SqliteStore:
             _answer(group, outcomes)
             return True
         book.rollback()
+        self._ended(began)
         _answer(group, outcomes)
         return False
+
+    def _ended(self, began: float) -> None:
+        now, self._began_at = self._clock.monotonic(), None
+        if now - began > SLOW_S:
+            self._slow = (now, now - began)
 
     def _announce(self, revision: int, keys: frozenset[str]) -> None:
         if keys:

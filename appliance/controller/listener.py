@@ -26,6 +26,7 @@ from uvicorn.server import ServerState
 from appliance.controller.acceptor import Acceptor
 from appliance.controller.descriptors import Descriptors
 from appliance.controller.rate import network_of
+from appliance.controller.turns import Turns
 
 _log = logging.getLogger(__name__)
 
@@ -59,10 +60,11 @@ Identify = Callable[[asyncio.Transport], dict[str, Any]]
 class FrontEnd:
     """One ASGI application with its limits: makes a protocol object for each connection."""
 
-    def __init__(self, app: Starlette, limits: HttpLimits) -> None:
+    def __init__(self, app: Starlette, limits: HttpLimits, *, turns: Turns | None = None) -> None:
+        """With `turns` each request begins in one of its own."""
         self.limits = limits
         self.config = Config(
-            app,
+            turns.around(app) if turns else app,
             http="httptools",
             ws="none",
             lifespan="off",
@@ -200,6 +202,19 @@ class GuardedProtocol(HttpToolsProtocol):
             self.transport.close()
 
 
+async def _until_readable(connection: socket.socket, *, timeout_s: float) -> None:
+    """Waits for a client's first byte, or its end. Raises `TimeoutError`."""
+    loop, spoke = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(connection, spoke.set)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await spoke.wait()
+    except TimeoutError:
+        raise TimeoutError(f"nothing was said within {timeout_s:g} s") from None
+    finally:
+        loop.remove_reader(connection)
+
+
 def peer_address(sock_name: Any) -> str:
     """The IP address in a peer name, without the IPv4-mapped prefix."""
     return str(sock_name[0]).removeprefix("::ffff:") if isinstance(sock_name, tuple) else ""
@@ -220,6 +235,7 @@ class TlsListener:
         front: FrontEnd,
         *,
         descriptors: Descriptors,
+        turns: Turns,
         handshake_timeout_s: float,
         max_connections: int,
         max_per_source: int,
@@ -230,6 +246,7 @@ class TlsListener:
         self._context = context
         self._front = front
         self._descriptors = descriptors
+        self._turns = turns
         self._handshake_timeout_s = handshake_timeout_s
         self._max = max_connections
         self._max_per_source = max_per_source
@@ -305,6 +322,9 @@ class TlsListener:
         protocol.rests = functools.partial(self._rests, protocol, network)
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # Nothing of TLS is made for who says nothing; a handshake takes longer than anything else here.
+            await _until_readable(connection, timeout_s=self._handshake_timeout_s)
+            await self._turns.mine()
             await asyncio.get_running_loop().connect_accepted_socket(
                 lambda: protocol,
                 connection,

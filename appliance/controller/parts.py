@@ -47,6 +47,7 @@ from appliance.controller.telemetry import History
 from appliance.controller.tokens import Tokens
 from appliance.controller.trust import Publication
 from appliance.controller.tunnel import Gateway
+from appliance.controller.turns import Turns
 from appliance.controller.vault import Vault
 from appliance.controller.web import Endpoint, Request, StreamingResponse, application
 from appliance.errors import StorageError, TrustError
@@ -97,6 +98,7 @@ class Parts:
         self.events = Events(clock.now)
         self.attempts = Attempts()
         self.descriptors = Descriptors(clock.monotonic)
+        self.turns = Turns()
         self.history = History(history_s=terms.telemetry_history_s)
         audit = Audit(store, cluster_id=cluster.cluster_id, node=cluster.node, epoch=cluster.epoch)
         self.registry = Registry(store, audit, wall=clock.now)
@@ -152,6 +154,7 @@ class Parts:
                 now=clock.monotonic(),
             ),
             key_rates=self.key_rates,
+            turns=self.turns,
             interval_s=lambda: self.fleet.interval_s,
             may_store=self._has_room,
             wall=clock.now,
@@ -191,8 +194,9 @@ class Parts:
             wall=clock.now,
         )
         self.enroll_front = self._front(
-            "Appliance enrollment", self.enroll_api.endpoints(), enroll_said.MAX_HEADER_BYTES, 24 * 1024, keep_alive_s=5
-        )
+            "Appliance enrollment", self.enroll_api.endpoints(), enroll_said.MAX_HEADER_BYTES, 24 * 1024,
+            keep_alive_s=5, turns=self.turns,
+        )  # fmt: skip
         # A link's channel speaks every few seconds; it must outlive the longest interval many times.
         self.channel_front = DirectFrontEnd(
             application("Appliance channel", channel_api.endpoints(), max_body=tunnel.MAX_BODY_BYTES, documented=True),
@@ -238,10 +242,11 @@ class Parts:
         self.renewal = Renewal(self.material, self.tls_context, self.events, expiries=self._expiries, wall=clock.now)
 
     def _front(
-        self, title: str, endpoints: list[Endpoint], max_header: int, max_body: int, *, keep_alive_s: int
-    ) -> FrontEnd:
+        self, title: str, endpoints: list[Endpoint], max_header: int, max_body: int, *, keep_alive_s: int,
+        turns: Turns | None = None,
+    ) -> FrontEnd:  # fmt: skip
         limits = self._limits(max_header, max_body, keep_alive_s=keep_alive_s)
-        return FrontEnd(application(title, endpoints, max_body=max_body, documented=True), limits)
+        return FrontEnd(application(title, endpoints, max_body=max_body, documented=True), limits, turns=turns)
 
     def _limits(self, max_header: int, max_body: int, *, keep_alive_s: int) -> HttpLimits:
         terms = self.settings.controller

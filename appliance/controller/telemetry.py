@@ -23,8 +23,8 @@ from appliance.protocol.telemetry import Sample, decode, glance
 
 FULL_S = 300.0
 COARSE_S = 60.0
-MAX_BYTES = 64 * 1024 * 1024
-"""At 10,000 SEs the last minute of each, at 1,000 about an hour: a controller is no archive."""
+MAX_BYTES = 32 * 1024 * 1024
+"""At 10,000 SEs the last minute of each, at 1,000 about half an hour: a controller is no archive."""
 _ENTRY_BYTES = 180
 """What the interpreter adds to the text of one sample: string, tuple, float, list slot."""
 

@@ -23,10 +23,14 @@ from appliance.protocol.trust import TRUST_PATH
 from appliance.protocol.tunnel import Heartbeat
 
 
-def ask(controller: RunningController, path: str, body: bytes = b"") -> tuple[int, dict[str, str], bytes]:
+def ask(
+    controller: RunningController, path: str, body: bytes = b"", *, source: str = "127.0.0.1"
+) -> tuple[int, dict[str, str], bytes]:
     """One request to the enroll port. Returns status, headers and body of the answer."""
     context = tls.client_context([controller.bundle.root_ca])
-    connection = http.client.HTTPSConnection("127.0.0.1", controller.enroll_port, timeout=20, context=context)
+    connection = http.client.HTTPSConnection(
+        "127.0.0.1", controller.enroll_port, timeout=20, context=context, source_address=(source, 0)
+    )
     try:
         connection.request("POST", path, body)
         answer = connection.getresponse()
@@ -104,6 +108,24 @@ def test_a_drained_controller_says_so_at_its_enroll_port(tmp_path: Path) -> None
                 assert controller.operator.status().refusals["ENROLL-038"] >= len(paths)
 
         asyncio.run(go())
+
+
+RATES = {"enroll_rate_per_s": 0.001, "source_rate_per_s": 0.001, "enroll_burst": 8, "source_burst": 5}
+
+
+def test_a_source_spends_its_share_and_all_of_them_no_more_than_the_whole(tmp_path: Path) -> None:
+    """Before anything of a request is read: the first source has five, the second what the first left of eight."""
+    with running(tmp_path / "root", settings=RATES) as controller:
+        paths = (enroll.NONCE_PATH, enroll.ENROLL_PATH, TRUST_PATH, enroll.REFRESH_PATH, enroll.REJOIN_PATH)
+        for source, allowed in (("127.0.0.2", 5), ("127.0.0.3", 3), ("127.0.0.4", 0)):
+            for _ in range(allowed):
+                assert ask(controller, enroll.NONCE_PATH, source=source)[0] == 200
+            for path in paths:
+                status, headers, body = ask(controller, path, b"{", source=source)
+                assert (status, headers["retry-after"]) == (429, "2")
+                assert msgspec.json.decode(body, type=Problem).code == "ENROLL-019"
+        assert controller.operator.status().refusals["ENROLL-019"] == 3 * len(paths)
+        assert "ENROLL-019" in controller.operator.why("127.0.0.4").verdict
 
 
 def test_a_stolen_key_floods_and_others_go_on_enrolling(tmp_path: Path) -> None:

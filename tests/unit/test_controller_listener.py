@@ -17,7 +17,9 @@ import pytest
 import uvloop
 
 from appliance.controller import listener
+from appliance.controller.descriptors import Descriptors
 from appliance.controller.listener import FrontEnd, HttpLimits, TlsListener, peer_address
+from appliance.controller.turns import Turns
 from appliance.controller.web import Endpoint, Request, Response, application
 from appliance.pki import tls
 from appliance.pki.authority import Authority
@@ -70,6 +72,7 @@ class Server:
         self.sock = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.listener = TlsListener(
             self.sock, tls.server_context(pems.certificate, pems.key), self.front,
+            descriptors=Descriptors(time.monotonic), turns=Turns(),
             handshake_timeout_s=HANDSHAKE_S if hurry else 60.0,
             max_connections=most, max_per_source=per_source,
             on_handshake=lambda source, error: self.handshakes.append((source, error)),
@@ -466,6 +469,7 @@ def test_a_handshake_has_its_own_deadline(run: Callable[..., None], said: bytes)
         ((source, error),) = server.handshakes
         assert source == "127.0.0.1"
         assert error
+        assert error.startswith("nothing was said within") == (not said)
         assert not server.listener._open
         await client.close()
 

@@ -423,8 +423,6 @@ class Fleet:
             alarms.append("the SE came back with an older link ticket (snapshot or restored disk)")
         if link is not None and link.open_doors:
             alarms.append(unconfined(link.open_doors))
-        if flapping := self.flapping(record.se_id):
-            alarms.append(flapping)
         image = self.registry.image(record.facts.image_digest)
         return SeDetail(
             summary=self.summary(record),

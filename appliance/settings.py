@@ -70,6 +70,8 @@ class Controller(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     image_key_burst: Count = 1000
     max_unauthenticated: Count = 2000
     max_unauthenticated_per_source: Count = 1000
+    max_begun_requests: Count = 64
+    """Enrollment requests of which a part may be there: our agents send each in one piece."""
     handshake_timeout_s: Seconds = 10.0
     header_timeout_s: Seconds = 5.0
     body_timeout_s: Seconds = 10.0

@@ -66,7 +66,6 @@ class Controller:
             parts.tls_context,
             parts.enroll_front,
             descriptors=parts.descriptors,
-            turns=parts.turns,
             handshake_timeout_s=parts.settings.controller.handshake_timeout_s,
             max_connections=parts.settings.controller.max_unauthenticated,
             max_per_source=parts.settings.controller.max_unauthenticated_per_source,

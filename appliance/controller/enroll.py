@@ -24,7 +24,6 @@ from appliance.controller.records import ImageKeyRecord, SeRecord
 from appliance.controller.recovery import Recovery
 from appliance.controller.registry import Registry
 from appliance.controller.trust import Publication
-from appliance.controller.turns import Turns
 from appliance.controller.web import JSON, Endpoint, ProblemError, Request, Response
 from appliance.errors import StorageError, TrustError
 from appliance.pki import jws as signatures
@@ -75,7 +74,6 @@ class EnrollApi:
         nonces: Nonces,
         rates: Rates,
         key_rates: KeyRates,
-        turns: Turns,
         interval_s: Callable[[], float],
         may_store: Callable[[], bool],
         wall: Callable[[], float],
@@ -96,7 +94,6 @@ class EnrollApi:
         self._nonces = nonces
         self._rates = rates
         self._key_rates = key_rates
-        self._turns = turns
         self._interval_s = interval_s
         self._may_store = may_store
         self._wall = wall
@@ -261,14 +258,11 @@ class EnrollApi:
         self, request: Request, wish: EnrollRequest, thumbprint: str, image_key_id: str, *, hook: Hook | None = None
     ) -> Enrolled:
         try:
-            outcome = await self._admission.enroll(
+            return await self._admission.enroll(
                 wish, thumbprint=thumbprint, image_key_id=image_key_id, source=request.state.source, hook=hook
             )
         except StorageError as error:
             raise self._not_stored(request, wish, error) from None
-        # One commit serves many, who would all be answered in one turn.
-        await self._turns.mine()
-        return outcome
 
     def _not_stored(self, request: Request, wish: EnrollRequest | RefreshRequest, error: StorageError) -> ProblemError:
         _log.error("could not store an enrollment: %s", error.message, extra={"stage": "enroll"})

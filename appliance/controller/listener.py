@@ -14,6 +14,7 @@ import functools
 import logging
 import socket
 import ssl
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -26,7 +27,6 @@ from uvicorn.server import ServerState
 from appliance.controller.acceptor import Acceptor
 from appliance.controller.descriptors import Descriptors
 from appliance.controller.rate import network_of
-from appliance.controller.turns import Turns
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +51,8 @@ class HttpLimits(NamedTuple):
     """From the first byte of a request (or from connecting) to the end of its headers."""
     body_timeout_s: float
     keep_alive_s: int
+    max_begun: int = sys.maxsize
+    """Requests that may be there in part, on all connections: each piece of each costs the loop a moment."""
 
 
 Identify = Callable[[asyncio.Transport], dict[str, Any]]
@@ -60,11 +62,10 @@ Identify = Callable[[asyncio.Transport], dict[str, Any]]
 class FrontEnd:
     """One ASGI application with its limits: makes a protocol object for each connection."""
 
-    def __init__(self, app: Starlette, limits: HttpLimits, *, turns: Turns | None = None) -> None:
-        """With `turns` each request begins in one of its own."""
+    def __init__(self, app: Starlette, limits: HttpLimits) -> None:
         self.limits = limits
         self.config = Config(
-            turns.around(app) if turns else app,
+            app,
             http="httptools",
             ws="none",
             lifespan="off",
@@ -77,12 +78,24 @@ class FrontEnd:
         )
         self.config.load()
         self.server_state = ServerState()
+        self._begun: dict[GuardedProtocol, None] = {}
+        """Who said a part of a request, longest first."""
         self.refusals: Counter[str] = Counter()
         """Requests by the status that refused them unread, connections as `connection` and `shed`."""
 
     def protocol(self, *, identify: Identify | None = None, **state: Any) -> GuardedProtocol:
         """Returns a protocol for one connection; `state`, and what `identify` adds, becomes `request.state`."""
         return GuardedProtocol(self, state, identify)
+
+    def begun(self, protocol: GuardedProtocol) -> None:
+        """A part of a request came; where too many are there in part, the first that was is given up."""
+        self._begun[protocol] = None
+        if len(self._begun) > self.limits.max_begun:
+            next(iter(self._begun)).too_slow()
+
+    def ended(self, protocol: GuardedProtocol) -> None:
+        """The request is whole, or refused."""
+        self._begun.pop(protocol, None)
 
     def close(self) -> None:
         """Closes all connections."""
@@ -95,6 +108,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def __init__(self, front: FrontEnd, state: dict[str, Any], identify: Identify | None) -> None:
         super().__init__(front.config, front.server_state, state)
+        self._owner = front
         self._identify = identify
         self.access_log = False
         self._limits = front.limits
@@ -137,6 +151,8 @@ class GuardedProtocol(HttpToolsProtocol):
         super().data_received(data)
         if self._reading == "headers" and self._received_bytes > self._limits.max_header_bytes:
             self._refuse(*_HEADERS_TOO_LARGE)
+        elif self._reading:
+            self._owner.begun(self)
 
     def on_headers_complete(self) -> None:
         if self.transport.is_closing():
@@ -183,15 +199,17 @@ class GuardedProtocol(HttpToolsProtocol):
     def _arm(self, reading: str, timeout_s: float) -> None:
         self._disarm()
         self._reading = reading
-        self._deadline = self.loop.call_later(timeout_s, self._too_slow)
+        self._deadline = self.loop.call_later(timeout_s, self.too_slow)
 
     def _disarm(self) -> None:
         self._reading = ""
+        self._owner.ended(self)
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
 
-    def _too_slow(self) -> None:
+    def too_slow(self) -> None:
+        """Gives the request up."""
         self._refuse(408, b"Request Timeout")
 
     def _refuse(self, status: int, phrase: bytes) -> None:
@@ -235,7 +253,6 @@ class TlsListener:
         front: FrontEnd,
         *,
         descriptors: Descriptors,
-        turns: Turns,
         handshake_timeout_s: float,
         max_connections: int,
         max_per_source: int,
@@ -246,7 +263,6 @@ class TlsListener:
         self._context = context
         self._front = front
         self._descriptors = descriptors
-        self._turns = turns
         self._handshake_timeout_s = handshake_timeout_s
         self._max = max_connections
         self._max_per_source = max_per_source
@@ -322,9 +338,8 @@ class TlsListener:
         protocol.rests = functools.partial(self._rests, protocol, network)
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # Nothing of TLS is made for who says nothing; a handshake takes longer than anything else here.
+            # Nothing of TLS is made for who says nothing.
             await _until_readable(connection, timeout_s=self._handshake_timeout_s)
-            await self._turns.mine()
             await asyncio.get_running_loop().connect_accepted_socket(
                 lambda: protocol,
                 connection,

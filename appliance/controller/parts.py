@@ -9,6 +9,7 @@ import os
 import pwd
 import shutil
 import ssl
+import sys
 from collections.abc import Collection
 
 import asyncssh
@@ -47,7 +48,6 @@ from appliance.controller.telemetry import History
 from appliance.controller.tokens import Tokens
 from appliance.controller.trust import Publication
 from appliance.controller.tunnel import Gateway
-from appliance.controller.turns import Turns
 from appliance.controller.vault import Vault
 from appliance.controller.web import Endpoint, Request, StreamingResponse, application
 from appliance.errors import StorageError, TrustError
@@ -98,7 +98,6 @@ class Parts:
         self.events = Events(clock.now)
         self.attempts = Attempts()
         self.descriptors = Descriptors(clock.monotonic)
-        self.turns = Turns()
         self.history = History(history_s=terms.telemetry_history_s)
         audit = Audit(store, cluster_id=cluster.cluster_id, node=cluster.node, epoch=cluster.epoch)
         self.registry = Registry(store, audit, wall=clock.now)
@@ -154,7 +153,6 @@ class Parts:
                 now=clock.monotonic(),
             ),
             key_rates=self.key_rates,
-            turns=self.turns,
             interval_s=lambda: self.fleet.interval_s,
             may_store=self._has_room,
             wall=clock.now,
@@ -195,7 +193,7 @@ class Parts:
         )
         self.enroll_front = self._front(
             "Appliance enrollment", self.enroll_api.endpoints(), enroll_said.MAX_HEADER_BYTES, 24 * 1024,
-            keep_alive_s=5, turns=self.turns,
+            keep_alive_s=5, max_begun=terms.max_begun_requests,
         )  # fmt: skip
         # A link's channel speaks every few seconds; it must outlive the longest interval many times.
         self.channel_front = DirectFrontEnd(
@@ -243,10 +241,10 @@ class Parts:
 
     def _front(
         self, title: str, endpoints: list[Endpoint], max_header: int, max_body: int, *, keep_alive_s: int,
-        turns: Turns | None = None,
+        max_begun: int = sys.maxsize,
     ) -> FrontEnd:  # fmt: skip
-        limits = self._limits(max_header, max_body, keep_alive_s=keep_alive_s)
-        return FrontEnd(application(title, endpoints, max_body=max_body, documented=True), limits, turns=turns)
+        limits = self._limits(max_header, max_body, keep_alive_s=keep_alive_s)._replace(max_begun=max_begun)
+        return FrontEnd(application(title, endpoints, max_body=max_body, documented=True), limits)
 
     def _limits(self, max_header: int, max_body: int, *, keep_alive_s: int) -> HttpLimits:
         terms = self.settings.controller

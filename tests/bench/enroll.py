@@ -8,6 +8,7 @@ strace, whose cost isn't in the rate.
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import time
 from pathlib import Path
@@ -72,21 +73,24 @@ def _syncs(log: Path) -> int:
     return len(_SYNC.findall(log.read_bytes()))
 
 
-async def enroll_many(controller: Controller, count: int, *, clients: int = CLIENTS) -> tuple[float, list[float]]:
-    """Returns the seconds that all took, and that each took."""
+async def enroll_many(
+    controller: Controller, count: int, *, clients: int = CLIENTS, per_s: float = math.inf
+) -> tuple[float, list[float]]:
+    """Returns the seconds that all took, and that each took; no more than `per_s` begin in a second."""
     bundle = msgspec.json.decode(controller.bundle(uses=count + clients).read_bytes(), type=Bundle)
     sshd = SharedSshd()
     ses = [SimulatedSe(bundle, name=f"bench-{index}", sshd=sshd, beats=Beats()) for index in range(count + clients)]
     # connections, prepared statements and pages that only the first ones have to wait for
     await asyncio.gather(*(se.enroll() for se in ses[:clients]))
-    waiting = iter(ses[clients:])
+    waiting = iter(enumerate(ses[clients:]))
     each_s: list[float] = []
 
     async def client() -> None:
-        for se in waiting:
-            began = time.perf_counter()
+        for number, se in waiting:
+            await asyncio.sleep(began + number / per_s - time.perf_counter())
+            asked = time.perf_counter()
             await se.enroll()
-            each_s.append(time.perf_counter() - began)
+            each_s.append(time.perf_counter() - asked)
 
     began = time.perf_counter()
     async with asyncio.timeout(300):

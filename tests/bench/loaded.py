@@ -17,6 +17,8 @@ from bench.stand import Options, Stand
 
 CLIENTS = 16
 RATE_GOAL_PER_S = 200
+OFFERED = 1.05
+"""Of the goal: what comes while heartbeats are measured. At the most that a controller can do all would wait."""
 
 
 def run(stand: Stand, options: Options) -> Report:
@@ -41,7 +43,8 @@ def run(stand: Stand, options: Options) -> Report:
             ),
         ],
         notes=[
-            f"{stand.what}; {options.ses} SEs UP, {options.count} enrollments by {CLIENTS} clients, all on these cores",
+            f"{stand.what}; {options.ses} SEs UP, {options.count} enrollments by {CLIENTS} clients on these cores, "
+            f"then as many at {OFFERED * RATE_GOAL_PER_S:.0f} a second, which heartbeats are measured beside",
             f"in quiet the fleet's heartbeats had a p99 of {quiet.heartbeat_p99_ms:.1f} ms; the goal is twice that",
         ],
     )  # fmt: skip
@@ -55,17 +58,22 @@ def _measured(stand: Stand, options: Options, *, count: int) -> tuple[FleetRepor
     ):
         fleet.await_up(stand, controller, options.ses, process, log)
         fleet.pass_time(fleet.SETTLE_S, process, log)
-        process.send_signal(signal.SIGUSR1)
-        used_s, began = cpu_s([controller.pid]), time.monotonic()
         each_s: list[float] = []
+        fastest_s = 0.0
         if count:
-            stand.say(f"{count} enrollments by {CLIENTS} clients")
-            _, each_s = uvloop.run(enroll_many(controller, count, clients=CLIENTS))
+            stand.say(f"{count} enrollments by {CLIENTS} clients, as fast as they can")
+            fastest_s, each_s = uvloop.run(enroll_many(controller, count, clients=CLIENTS))
+            process.send_signal(signal.SIGUSR1)
+            used_s, began = cpu_s([controller.pid]), time.monotonic()
+            stand.say(f"{count} more, {OFFERED * RATE_GOAL_PER_S:.0f} a second")
+            uvloop.run(enroll_many(controller, count, clients=CLIENTS, per_s=OFFERED * RATE_GOAL_PER_S))
         else:
+            process.send_signal(signal.SIGUSR1)
+            used_s, began = cpu_s([controller.pid]), time.monotonic()
             stand.say(f"measuring for {options.seconds:.0f} s")
             fleet.pass_time(options.seconds, process, log)
         took_s = time.monotonic() - began
         stand.say(f"the controller took {(cpu_s([controller.pid]) - used_s) / took_s * 100:.0f} % of a core")
         process.send_signal(signal.SIGINT)
         told, _ = process.communicate(timeout=120)
-    return msgspec.json.decode(told, type=FleetReport), took_s, each_s
+    return msgspec.json.decode(told, type=FleetReport), fastest_s, each_s

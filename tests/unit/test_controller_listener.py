@@ -19,7 +19,6 @@ import uvloop
 from appliance.controller import listener
 from appliance.controller.descriptors import Descriptors
 from appliance.controller.listener import FrontEnd, HttpLimits, TlsListener, peer_address
-from appliance.controller.turns import Turns
 from appliance.controller.web import Endpoint, Request, Response, application
 from appliance.pki import tls
 from appliance.pki.authority import Authority
@@ -72,7 +71,7 @@ class Server:
         self.sock = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.listener = TlsListener(
             self.sock, tls.server_context(pems.certificate, pems.key), self.front,
-            descriptors=Descriptors(time.monotonic), turns=Turns(),
+            descriptors=Descriptors(time.monotonic),
             handshake_timeout_s=HANDSHAKE_S if hurry else 60.0,
             max_connections=most, max_per_source=per_source,
             on_handshake=lambda source, error: self.handshakes.append((source, error)),
@@ -446,6 +445,34 @@ def test_who_trickles_is_cut_off_by_the_whole_not_by_the_byte(
         await client.close()
 
     run(act, hurry=True)
+
+
+def test_of_too_many_requests_in_part_the_first_is_given_up(run: Callable[..., None]) -> None:
+    async def act(server: Server) -> None:
+        server.front.limits = PATIENT._replace(max_begun=2)
+        slow = [await server.client() for _ in range(3)]
+        whole = await server.client()
+        for client in slow:
+            client.say(b"GET /hello HTTP/1.1\r\nX")
+            # Said one after the other: the order is what is judged.
+            whole.say(HELLO)
+            assert (await whole.answer())[0] == 200
+        assert await slow[0].answer() == (408, b"")
+        slow[1].say(b": y\r\n\r\n")
+        assert (await slow[1].answer())[0] == 200
+        slow[0] = await server.client()
+        slow[0].say(b"POST /echo HTTP/1.1\r\nContent-Length: 2\r\n\r\nx")
+        whole.say(HELLO)
+        assert (await whole.answer())[0] == 200
+        slow[0].say(b"y")
+        assert await slow[0].answer() == (200, b"xy")
+        slow[2].say(b": y\r\n\r\n")
+        assert (await slow[2].answer())[0] == 200, "a whole one counts no more"
+        assert not server.front._begun
+        for client in (*slow, whole):
+            await client.close()
+
+    run(act)
 
 
 def test_a_quiet_connection_is_closed_without_a_word(run: Callable[..., None]) -> None:

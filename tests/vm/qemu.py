@@ -47,6 +47,7 @@ class Vm:
         firmware: how.
         name: of its files.
         memory_mib: its memory.
+        processors: how many it has.
         network: arguments of `-netdev` after `id`: `user,restrict=on` reaches nothing, `user` the host's loopback at
             10.0.2.2, `socket,…` another VM; empty for no network card.
         networks: further network cards, each as `network`; `eth1` and so on.
@@ -67,6 +68,7 @@ class Vm:
         firmware: Firmware,
         name: str = "vm",
         memory_mib: int = 1024,
+        processors: int = 2,
         network: str = "user,restrict=on",
         mac: str = "52:54:00:12:34:56",
         card: str = "virtio-net-pci",
@@ -92,8 +94,8 @@ class Vm:
             if size:
                 _run("qemu-img", "resize", "-q", str(self.overlay), size)
         self._arguments = [
-            "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", CPU, "-smp", "2", "-m", str(memory_mib),
-            "-display", "none", "-device", "virtio-rng-pci", "-rtc", "base=utc",
+            "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", CPU, "-smp", str(processors),
+            "-m", str(memory_mib), "-display", "none", "-device", "virtio-rng-pci", "-rtc", "base=utc",
             "-chardev", f"file,id=console,path={_escaped(self.console_log)}", "-serial", "chardev:console",
             "-qmp", f"unix:{_escaped(self._monitor)},server=on,wait=off",
             *_disk(self.overlay, attached),

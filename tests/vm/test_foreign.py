@@ -35,7 +35,8 @@ def test_another_debian_on_btrfs_comes_up_by_bios(tmp_path: Path) -> None:
             "--base-image", foreign, "--output-directory", tmp_path,
         )  # fmt: skip
         foreign.unlink()
-        with Vm(tmp_path, tmp_path / "edge.qcow2", firmware="bios", network=network(controller)) as vm:
+        # Kernel 6.12 patches its own code as it boots; a second processor of QEMU 7.2 may meet an int3 there and panic.
+        with Vm(tmp_path, tmp_path / "edge.qcow2", firmware="bios", processors=1, network=network(controller)) as vm:
             wait_up(controller, "edge-9")
             assert "appliance: the agent is installed" in vm.console()
             told = in_vm(controller, tmp_path, "edge-9", "stat -f -c %T /; cat /etc/debian_version; hostname").stdout

@@ -45,9 +45,10 @@ class DirectFrontEnd(FrontEnd):
 class DirectProtocol(GuardedProtocol):
     """HTTP/1.1 as its ancestor serves it, but for requests that are one packet of the known form."""
 
+    _front: DirectFrontEnd
+
     def __init__(self, front: DirectFrontEnd, state: dict[str, Any]) -> None:
         super().__init__(front, state, None)
-        self._front = front
         self._spoke_at = 0.0
 
     def data_received(self, data: bytes) -> None:

@@ -36,6 +36,8 @@ MAX_QUEUED = 16
 _ANSWER = b"HTTP/1.1 %d %s\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 _TOO_LARGE = (413, b"Content Too Large")
 _HEADERS_TOO_LARGE = (431, b"Request Header Fields Too Large")
+MIN_HANDSHAKE_S = 0.01
+"""Left of the time for a handshake to one that spoke in its last moment."""
 MIN_REST_S = 1.0
 """How long a connection rests between two requests before it may have to make room."""
 _CHUNKED_FACTOR = 2
@@ -108,7 +110,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def __init__(self, front: FrontEnd, state: dict[str, Any], identify: Identify | None) -> None:
         super().__init__(front.config, front.server_state, state)
-        self._owner = front
+        self._front = front
         self._identify = identify
         self.access_log = False
         self._limits = front.limits
@@ -152,7 +154,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._reading == "headers" and self._received_bytes > self._limits.max_header_bytes:
             self._refuse(*_HEADERS_TOO_LARGE)
         elif self._reading:
-            self._owner.begun(self)
+            self._front.begun(self)
 
     def on_headers_complete(self) -> None:
         if self.transport.is_closing():
@@ -203,7 +205,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _disarm(self) -> None:
         self._reading = ""
-        self._owner.ended(self)
+        self._front.ended(self)
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
@@ -333,18 +335,20 @@ class TlsListener:
 
     async def _serve(self, connection: socket.socket, source: str, network: str) -> None:
         closed = asyncio.Event()
-        protocol = self._front.protocol(source=source)
-        protocol.closed = closed.set
-        protocol.rests = functools.partial(self._rests, protocol, network)
+        loop = asyncio.get_running_loop()
+        ends_at = loop.time() + self._handshake_timeout_s
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # Nothing of TLS is made for who says nothing.
+            # Nothing is made for who says nothing.
             await _until_readable(connection, timeout_s=self._handshake_timeout_s)
-            await asyncio.get_running_loop().connect_accepted_socket(
+            protocol = self._front.protocol(source=source)
+            protocol.closed = closed.set
+            protocol.rests = functools.partial(self._rests, protocol, network)
+            await loop.connect_accepted_socket(
                 lambda: protocol,
                 connection,
                 ssl=self._context,
-                ssl_handshake_timeout=self._handshake_timeout_s,
+                ssl_handshake_timeout=max(MIN_HANDSHAKE_S, ends_at - loop.time()),
                 ssl_shutdown_timeout=2.0,
             )
         except (OSError, ssl.SSLError, ConnectionError, TimeoutError) as error:

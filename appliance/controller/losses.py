@@ -27,7 +27,7 @@ class Losses:
         self._last[se_id] = text
 
     def forget(self, se_id: str) -> None:
-        """An SE is no more, or its operator closed its links."""
+        """An SE is no more."""
         self._times.pop(se_id, None)
         self._last.pop(se_id, None)
 

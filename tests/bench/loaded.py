@@ -63,13 +63,12 @@ def _measured(stand: Stand, options: Options, *, count: int) -> tuple[FleetRepor
         if count:
             stand.say(f"{count} enrollments by {CLIENTS} clients, as fast as they can")
             fastest_s, each_s = uvloop.run(enroll_many(controller, count, clients=CLIENTS))
-            process.send_signal(signal.SIGUSR1)
-            used_s, began = cpu_s([controller.pid]), time.monotonic()
+        process.send_signal(signal.SIGUSR1)
+        used_s, began = cpu_s([controller.pid]), time.monotonic()
+        if count:
             stand.say(f"{count} more, {OFFERED * RATE_GOAL_PER_S:.0f} a second")
             uvloop.run(enroll_many(controller, count, clients=CLIENTS, per_s=OFFERED * RATE_GOAL_PER_S))
         else:
-            process.send_signal(signal.SIGUSR1)
-            used_s, began = cpu_s([controller.pid]), time.monotonic()
             stand.say(f"measuring for {options.seconds:.0f} s")
             fleet.pass_time(options.seconds, process, log)
         took_s = time.monotonic() - began

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import re
 import socket
 import ssl
 import time
@@ -501,6 +502,23 @@ def test_a_handshake_has_its_own_deadline(run: Callable[..., None], said: bytes)
         await client.close()
 
     run(act, hurry=True)
+
+
+def test_silence_is_taken_from_the_time_for_the_handshake(run: Callable[..., None]) -> None:
+    async def act(server: Server) -> None:
+        server.listener._handshake_timeout_s = 4.0
+        client = await server.plain()
+        await asyncio.sleep(2.0)  # the silence that is judged
+        client.say(b"\x16")
+        await client.ended(within_s=30)
+        await until(lambda: server.handshakes)
+        ((_, error),) = server.handshakes
+        took_s = re.search(r"taking longer than ([\d.]+) seconds", error)
+        assert took_s is not None, error
+        assert float(took_s[1]) <= 2.0
+        await client.close()
+
+    run(act)
 
 
 @pytest.mark.parametrize("said", [HELLO, b"SSH-2.0-OpenSSH_9.2\r\n", b"\x16\x03\x01\x00\x02xx", os.urandom(500)])

@@ -472,7 +472,7 @@ FILE_LIMIT = """
 import asyncio, resource, sys
 from pathlib import Path
 from appliance.controller.store.port import Put
-from appliance.controller.store.sqlite import SLOW_S, SLOW_TOLD_S, SqliteStore
+from appliance.controller.store.sqlite import SqliteStore
 from appliance.errors import StoreError
 from appliance.runtime.clock import SystemClock
 
@@ -579,7 +579,7 @@ WRITE_ON = """
 import asyncio, sys
 from pathlib import Path
 from appliance.controller.store.port import Compare, Put
-from appliance.controller.store.sqlite import SLOW_S, SLOW_TOLD_S, SqliteStore
+from appliance.controller.store.sqlite import SqliteStore
 from appliance.runtime.clock import SystemClock
 
 async def write(store, worker):

@@ -179,9 +179,9 @@ def _collect_less() -> None:
     """Makes the collector of cycles look at what a fleet keeps as seldom as it can.
 
     Ten thousand links are millions of objects, which live for days and are no cycles that end: to walk them takes a
-    second in which no heartbeat is answered. Links that ended are cycles, so it must look now and then. The young are
-    looked at often and few at a time: an enrollment leaves four hundred objects in cycles, and 20,000 of them in one go
-    kept heartbeats waiting for 30 ms and more on two busy cores.
+    second in which no heartbeat is answered. Links that ended are cycles, so it must look now and then (heartbeats and
+    enrollments leave none). The young are looked at often and few at a time: 20,000 objects in one go kept heartbeats
+    waiting for 30 ms and more on two busy cores.
     """
     gc.collect()
     gc.freeze()

@@ -138,6 +138,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         if self.closed is not None:
             self.closed()
+        self.closed = self.rests = None  # `rests` knows this object: a cycle, which the collector would have to find
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():

@@ -78,12 +78,14 @@ class Health:
         self._written: object = None
         self._written_at = float("-inf")
         self._is_failing = False
-        self._spare_path = path.with_name(f".{path.name}.spare")
-        self._spare = -1
-        """Kept open for the moment in which no descriptor is left, since what that stops is told here, too. One that
-        were given up for it would be somebody else's at once."""
+        self._spares: list[tuple[Path, int]] = []
+        """Kept open for the moment in which no descriptor is left, since what that stops is told here, too; one that
+        were given up for it would be somebody else's at once. Used in turn: what readers see is never written to."""
         with contextlib.suppress(OSError):
-            self._spare = os.open(self._spare_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            for number in range(2):
+                spare = path.with_name(f".{path.name}.spare-{number}")
+                spare.unlink(missing_ok=True)  # an earlier life's may be what readers see
+                self._spares.append((spare, os.open(spare, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)))
 
     def step(self, step: Step, result: StepResult, text: str = "", code: str = "", hint: str = "") -> None:
         """Records how a step went, now."""
@@ -181,14 +183,17 @@ class Health:
         try:
             draft.write_bytes(content)
         except OSError as error:
-            if self._spare < 0 or error.errno not in {errno.EMFILE, errno.ENFILE}:
+            if len(self._spares) < 2 or error.errno not in {errno.EMFILE, errno.ENFILE}:
                 raise
-            os.ftruncate(self._spare, 0)
-            os.pwrite(self._spare, content, 0)
+            spare, descriptor = self._spares[0]
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, content, 0)
             draft.unlink(missing_ok=True)
-            os.link(self._spare_path, draft)
-        draft.replace(self._path)
-        draft.unlink(missing_ok=True)  # a rename onto another name of the same file leaves both (rename(2))
+            os.link(spare, draft)
+            draft.replace(self._path)
+            self._spares.reverse()
+        else:
+            draft.replace(self._path)
 
 
 def read_health(path: Path) -> HealthDocument | None:

@@ -93,6 +93,19 @@ class Cable:
     async def _listen(self, port: int) -> asyncio.Server:
         return await asyncio.start_server(self._accept, self.host, port)
 
+    async def _stop_listening(self) -> None:
+        for sock in self._server.sockets:
+            self._loop.remove_reader(sock)
+        for _ in range(4):  # turns in which what was just accepted is made known; asyncio forgets it at a close
+            await asyncio.sleep(0)
+        self._server.close()
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._waiting.add(writer)
+        task = self._loop.create_task(self._serve(reader, writer))
+        self._tasks.add(task)
+        task.add_done_callback(lambda _: (self._tasks.discard(task), writer.transport.abort()))
+
     async def _set(self, up: bool, down: bool) -> None:
         for event, is_open in ((self._up, up), (self._down, down)):
             event.set() if is_open else event.clear()
@@ -117,10 +130,7 @@ class Cable:
     def unplug(self) -> None:
         """Refuses new connections, and resets the ones there are."""
 
-        async def go() -> None:
-            self._server.close()
-
-        self._run(go())
+        self._run(self._stop_listening())
         self.reset()
 
     def plug(self) -> None:
@@ -132,11 +142,7 @@ class Cable:
         """Connections that are carried now."""
         return len(self._flows)
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        self._waiting.add(writer)
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             await self._up.wait()
             await self._down.wait()
@@ -146,18 +152,12 @@ class Cable:
             return
         finally:
             self._waiting.discard(writer)
-            self._tasks.discard(task)
         self._flows.add(flow := (writer, far_writer))
-        self._tasks.add(task)
         try:
             await asyncio.gather(self._carry(reader, far_writer, self._up), self._carry(far_reader, writer, self._down))
-        except asyncio.CancelledError:
-            pass  # by `close` alone; asyncio's streams would tell it as an error of theirs
         finally:
-            self._tasks.discard(task)
             self._flows.discard(flow)
-            for end in flow:
-                end.transport.abort()
+            far_writer.transport.abort()
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: asyncio.Event) -> None:
         await _carry(reader, writer, way)
@@ -166,12 +166,11 @@ class Cable:
         """Ends all of it."""
 
         async def go() -> None:
-            self._server.close()
-            for task in list(self._tasks):
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-            for writer in list(self._waiting):
-                writer.transport.abort()
+            await self._stop_listening()
+            while others := asyncio.all_tasks() - {asyncio.current_task()}:
+                for task in self._tasks:
+                    task.cancel()
+                await asyncio.wait(others)
             await asyncio.sleep(0)  # lets transports give their sockets back
 
         self._run(go())

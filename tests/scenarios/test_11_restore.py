@@ -160,7 +160,7 @@ def test_a_controller_set_back_to_a_snapshot_is_told_on(tmp_path: Path) -> None:
         at.controller.start()
         until(lambda: at.events("audit.set-back"), what="the SE tells on it")
         assert any("set back" in text for text in operator.status().problems)
-        assert any(entry.action == "audit.set-back" for entry in operator.audit())
+        until(lambda: any(entry.action == "audit.set-back" for entry in operator.audit()), what="the audit has it")
         # The way back: a backup of it as it is, restored in a new epoch.
         out = tmp_path / "as-it-is.backup"
         take_backup(at, out)

@@ -10,6 +10,7 @@ import re
 import socket
 import ssl
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,25 @@ def test_several_requests_over_one_connection(run_in_both: Callable[..., None]) 
         await client.close()
 
     run_in_both(act)
+
+
+def test_a_connection_that_ended_is_gone_without_the_collector(run: Callable[..., None]) -> None:
+    """Two hundred enrollments a second would give it work that heartbeats wait for."""
+
+    async def act(server: Server) -> None:
+        client = await server.client()
+        client.say(b"GET /hello HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert (await client.answer())[0] == 200
+        made = [weakref.ref(protocol) for protocol in server.front.server_state.connections]
+        assert len(made) == 1
+        gc.disable()
+        try:
+            await client.close()
+            await until(lambda: made[0]() is None)
+        finally:
+            gc.enable()
+
+    run(act)
 
 
 def test_pipelined_requests_are_answered_in_order(run: Callable[..., None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,27 @@ def test_what_is_written_is_read(health: Health, tmp_path: Path, clock: Hands) -
     assert (found.addresses, found.pid) == (["127.1.0.1"], os.getpid())
     assert (found.started_at, found.since, found.written_at) == (1000.0, 1000.0, 1005.0)
     assert found.steps[0].at == 1005.0
-    assert {file.name for file in tmp_path.iterdir()} == {"health.json", ".health.json.spare", "console"}
+    spares = {".health.json.spare-0", ".health.json.spare-1"}
+    assert {file.name for file in tmp_path.iterdir()} == {"health.json", "console", *spares}
+
+
+def test_without_a_descriptor_it_is_told_all_the_same_and_readers_see_nothing_half(
+    health: Health, tmp_path: Path
+) -> None:
+    path, before = tmp_path / "health.json", resource.getrlimit(resource.RLIMIT_NOFILE)
+    health.line("se", "STARTING", "", [])
+    for state in ("LINKED", "UP", "DOWN", "UP"):
+        whole = path.read_bytes()
+        with path.open("rb") as reader:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+            try:
+                health.line("se", state, "", [])
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, before)
+            assert reader.read() == whole, "what somebody reads is never written to"
+        found = read_health(path)
+        assert found is not None
+        assert found.state == state
 
 
 def test_the_line_for_the_console_changes_with_what_it_says_alone(health: Health, tmp_path: Path) -> None:

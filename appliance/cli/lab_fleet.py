@@ -98,15 +98,9 @@ def _run_children(bundle: Path, *, ses: int, seconds: float, prefix: str, proces
     from appliance.protocol import strict_json
     from appliance.runtime.child import clean_environment, self_command
 
-    children = []
-    for index in range(processes):
-        share = ses // processes + (1 if index < ses % processes else 0)
-        args = [
-            *self_command(), "lab", "fleet", "--ses", str(share), "--bundle", str(bundle), "--seconds", str(seconds),
-            "--processes", "1", "--prefix", f"{prefix}{index}-", "--json",
-        ]  # fmt: skip
-        children.append(subprocess.Popen(args, env=clean_environment(), stdout=subprocess.PIPE))
+    children: list[subprocess.Popen[bytes]] = []
     outputs: list[bytes] = [b""] * processes
+    is_stopping = False
 
     def drain(index: int) -> None:
         outputs[index] = children[index].communicate()[0]
@@ -116,22 +110,29 @@ def _run_children(bundle: Path, *, ses: int, seconds: float, prefix: str, proces
             child.send_signal(signal.SIGUSR1)
 
     def stop(*_signal: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGUSR1, begin)
-    signal.signal(signal.SIGTERM, stop)  # as Ctrl-C: nothing may stay behind
-    signal.signal(signal.SIGINT, stop)  # also where a shell started this in the background, which ignores it
-    threads = [threading.Thread(target=drain, args=(index,)) for index in range(processes)]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    except KeyboardInterrupt:
+        # Nothing is raised here: an interrupted Thread.join takes a thread that still runs for one that ended.
+        nonlocal is_stopping
+        is_stopping = True
         for child in children:
             child.terminate()
-        for thread in threads:
-            thread.join()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)  # also where a shell started this in the background, which ignores it
+    for index in range(processes):
+        share = ses // processes + (1 if index < ses % processes else 0)
+        args = [
+            *self_command(), "lab", "fleet", "--ses", str(share), "--bundle", str(bundle), "--seconds", str(seconds),
+            "--processes", "1", "--prefix", f"{prefix}{index}-", "--json",
+        ]  # fmt: skip
+        children.append(subprocess.Popen(args, env=clean_environment(), stdout=subprocess.PIPE))
+        if is_stopping:
+            children[-1].terminate()
+    signal.signal(signal.SIGUSR1, begin)
+    threads = [threading.Thread(target=drain, args=(index,)) for index in range(processes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     failed = [child.returncode for child in children if child.returncode]
     if failed:
         raise UsageError(f"{len(failed)} of {processes} processes failed", hint="their messages stand above")

@@ -16,7 +16,7 @@ import msgspec
 
 from appliance.controller.events import Events
 from appliance.controller.link import HEARTBEAT_BURST, Link, unsent_bytes
-from appliance.controller.losses import Losses
+from appliance.controller.losses import Lately, Losses
 from appliance.controller.records import SeRecord
 from appliance.controller.registry import Registry, drift
 from appliance.controller.telemetry import History
@@ -134,9 +134,9 @@ class Fleet:
         """Seconds since a link logged in."""
         return self._monotonic() - link.opened_at
 
-    def flapping(self, se_id: str) -> str:
-        """A sentence where an SE's link comes and goes, else ""."""
-        return self._losses.told(se_id, self._monotonic())
+    def lately(self, se_id: str) -> Lately:
+        """What befell an SE's link in the last minutes."""
+        return self._losses.lately(se_id, self._monotonic())
 
     def last_heartbeat_at(self, se_id: str) -> float:
         """When an SE's newest heartbeat came, seconds since 1970; 0 where none came."""

@@ -197,13 +197,13 @@ class OperatorApi:
             hint = "" if record.status is SeStatus.DELETED else f"appliance se reinstate {record.number}"
             at, code = record.status_at, derived.reason.value
             return [*steps, Link(step=Step.LINK, result=failed, at=at, text=text, code=code, hint=hint)]
-        flapping = self._fleet.flapping(record.se_id)
+        lately = self._fleet.lately(record.se_id)
         if link is None:
             last = seen.get(Step.LINK)
             text, code, hint, at = derived.text, derived.reason.value, "", self._fleet.state(record)[1]
             if last is not None and last.result is failed and last.at >= at:
                 text, code, hint, at = last.text, last.code, last.hint, last.at
-            text = "; ".join(filter(None, [text, *self._hindrances(), flapping]))
+            text = "; ".join(filter(None, [text, *self._hindrances(), lately.text * lately.comes_and_goes]))
             never = not record.confirmed_at and (last is None or last.result is not failed)
             return [
                 *steps,
@@ -217,8 +217,9 @@ class OperatorApi:
             hint = f"switch the copy off, then: appliance se release {record.number}"
         steps += [
             Link(
-                step=Step.LINK, result=ok, at=opened_at, text=f"from {link.source}{flapping and f'; {flapping}'}",
-                code="FLAPPING" if flapping else "", hint=FLAPPING_HINT if flapping else "",
+                step=Step.LINK, result=ok, at=opened_at,
+                text="; ".join(filter(None, [f"from {link.source}", lately.text])),
+                code="FLAPPING" if lately.comes_and_goes else "", hint=FLAPPING_HINT if lately.comes_and_goes else "",
             ),
             Link(
                 step=Step.HELLO, result=ok if link.confirmed else waiting, at=opened_at if link.confirmed else 0.0,

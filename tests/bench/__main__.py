@@ -16,7 +16,7 @@ from bench.report import Progress, Report, combine, dated, table
 from bench.stand import Options, Stand
 
 BENCHES = ("start", "enroll", "agent", "recovery", "bulk", "fleet", "image")
-BY_NAME_ONLY = ("growth", "loaded", "resets")
+BY_NAME_ONLY = ("floods", "growth", "loaded", "resets")
 """Not among `all`: they take too long."""
 BUSY_LOAD = 0.5
 

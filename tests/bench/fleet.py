@@ -12,9 +12,10 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -170,9 +171,7 @@ def _fleet(stand: Stand, root: Path, options: Options) -> tuple[_Measured, Fleet
         stand.say(f"measuring for {options.seconds:.0f} s")
         measured = _steady(controller, options, process, log)
         measured.storm, measured.empty_rss_bytes, measured.up_after_s = storm, empty_bytes, up_after_s
-        process.send_signal(signal.SIGINT)  # ends the measured time; it reports and leaves
-        told, _ = process.communicate(timeout=120)
-    return measured, msgspec.json.decode(told, type=FleetReport)
+        return measured, _report(process)
 
 
 def _steady(controller: Controller, options: Options, process: subprocess.Popen[bytes], log: Path) -> _Measured:
@@ -192,6 +191,41 @@ def _steady(controller: Controller, options: Options, process: subprocess.Popen[
         up=_up(controller), rss_bytes=last_bytes, empty_rss_bytes=0, up_after_s=0.0, list_s=list_s,
         growth_pct=(last_bytes - first_bytes) / first_bytes * 100, cpu_pct=used_s / took_s * 100, seconds=took_s,
     )  # fmt: skip
+
+
+@contextmanager
+def settled(stand: Stand, ses: int, *, settings: Mapping[str, object] = SETTINGS) -> Iterator[Fleet]:
+    """A fleet that is UP and has come to rest, under a controller of its own."""
+    with (
+        stand.place() as place,
+        stand.controller(place / "controller", settings=settings) as controller,
+        running(stand, controller, ses) as (process, log),
+    ):
+        await_up(stand, controller, ses, process, log)
+        pass_time(SETTLE_S, process, log)
+        yield Fleet(controller, process, log)
+
+
+class Fleet(NamedTuple):
+    """Of simulated SEs, and its controller."""
+
+    controller: Controller
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def begin(self) -> None:
+        """Its measured time begins."""
+        self.process.send_signal(signal.SIGUSR1)
+
+    def end(self) -> FleetReport:
+        """Ends the measured time, and the fleet."""
+        return _report(self.process)
+
+
+def _report(process: subprocess.Popen[bytes]) -> FleetReport:
+    process.send_signal(signal.SIGINT)
+    told, _ = process.communicate(timeout=120)
+    return msgspec.json.decode(told, type=FleetReport)
 
 
 @contextmanager

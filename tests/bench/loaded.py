@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import time
 
-import msgspec
 import uvloop
 
 from appliance.lab.fleet import FleetReport, percentile
@@ -51,28 +49,21 @@ def run(stand: Stand, options: Options) -> Report:
 
 
 def _measured(stand: Stand, options: Options, *, count: int) -> tuple[FleetReport, float, list[float]]:
-    with (
-        stand.place() as place,
-        stand.controller(place / "controller", settings=fleet.SETTINGS) as controller,
-        fleet.running(stand, controller, options.ses) as (process, log),
-    ):
-        fleet.await_up(stand, controller, options.ses, process, log)
-        fleet.pass_time(fleet.SETTLE_S, process, log)
+    with fleet.settled(stand, options.ses) as found:
         each_s: list[float] = []
         fastest_s = 0.0
         if count:
             stand.say(f"{count} enrollments by {CLIENTS} clients, as fast as they can")
-            fastest_s, each_s = uvloop.run(enroll_many(controller, count, clients=CLIENTS))
-        process.send_signal(signal.SIGUSR1)
-        used_s, began = cpu_s([controller.pid]), time.monotonic()
+            fastest_s, each_s = uvloop.run(enroll_many(found.controller, count, clients=CLIENTS))
+        found.begin()
+        used_s, began = cpu_s([found.controller.pid]), time.monotonic()
         if count:
             stand.say(f"{count} more, {OFFERED * RATE_GOAL_PER_S:.0f} a second")
-            uvloop.run(enroll_many(controller, count, clients=CLIENTS, per_s=OFFERED * RATE_GOAL_PER_S))
+            uvloop.run(enroll_many(found.controller, count, clients=CLIENTS, per_s=OFFERED * RATE_GOAL_PER_S))
         else:
             stand.say(f"measuring for {options.seconds:.0f} s")
-            fleet.pass_time(options.seconds, process, log)
+            fleet.pass_time(options.seconds, found.process, found.log)
         took_s = time.monotonic() - began
-        stand.say(f"the controller took {(cpu_s([controller.pid]) - used_s) / took_s * 100:.0f} % of a core")
-        process.send_signal(signal.SIGINT)
-        told, _ = process.communicate(timeout=120)
-    return msgspec.json.decode(told, type=FleetReport), fastest_s, each_s
+        used = (cpu_s([found.controller.pid]) - used_s) / took_s * 100
+        stand.say(f"the controller took {used:.0f} % of a core")
+        return found.end(), fastest_s, each_s

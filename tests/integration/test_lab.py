@@ -115,7 +115,7 @@ def test_down_ends_everything_and_up_finds_the_same_fleet_again(root: Path) -> N
     pids = [before["controller"]["pid"], *(pid for se in before["ses"] for pid in (se["pid"], se["sshd_pid"]))]
     assert not any(_runs(pid) for pid in pids)
     lab(root, "down")  # again changes nothing
-    lab(root, "up")
+    lab(root, "up", "--ses", str(len(before["ses"])))
     assert [(se["se_id"], se["address"]) for se in status(root)["ses"]] == [
         (se["se_id"], se["address"]) for se in before["ses"]
     ]

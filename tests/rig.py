@@ -7,12 +7,14 @@ import contextlib
 import functools
 import json
 import os
+import re
 import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -90,6 +92,17 @@ def set_mode(paths: Paths, role: Mode) -> None:
     """Makes a root a controller's or an SE's, as `appliance mode set` leaves it."""
     paths.mode_file.parent.mkdir(parents=True, exist_ok=True)
     document_of(paths).save(ModeDocument(mode=role, target=role))
+
+
+_REFUSED = re.compile(
+    r'^(?:appliance_refused_total|appliance_enroll_refusals_total)\{\w+="([^"]+)"\} (\d+)$', re.MULTILINE
+)
+
+
+def refused(metrics_port: int) -> dict[str, int]:
+    """What a controller turned away since its start, by reason, as its metrics tell."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=20) as answer:
+        return {reason: int(count) for reason, count in _REFUSED.findall(answer.read().decode())}
 
 
 class RunningController:

@@ -2,8 +2,9 @@
 
 `appliance lab fleet` enrolls and links the SEs against a fresh controller; both run on this machine's cores. When all
 are UP by the controller's own word, and have settled, the controller's memory and processor time are read from the
-kernel over the measured time. With --storm the controller is killed before that with all SEs linked, and started
-again. sshd's is measured with as many connections, 2,000 at most.
+kernel over the measured time. Before that one process of the fleet is frozen until all its SEs are told DOWN; with
+--storm the controller is killed with all SEs linked, and started again. sshd's is measured with as many connections, 2,000
+at most.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+from rig import refused
 
 from appliance.errors import ApplianceError
 from appliance.lab.fleet import FleetReport
 from appliance.protocol.operator import StatusView
 from appliance.runtime import child
 from bench import openssh
-from bench.processes import BenchError, children, cpu_s, proportional_bytes, resident_bytes
+from bench.processes import BenchError, children, cpu_s, proportional_bytes, resident_bytes, until
 from bench.report import Report, Row
 from bench.stand import Controller, Options, Stand, ended
 
@@ -39,15 +41,18 @@ class Goals(msgspec.Struct, frozen=True, kw_only=True):
     cpu_pct: float | None = None
     p99_ms: float | None = None
     storm_s: float | None = None
+    notice_s: float
 
 
 GOALS = (
-    Goals(ses=1000, rss_mb=200),
-    Goals(ses=2000, rss_mb=250, cpu_pct=15, p99_ms=30, storm_s=15),
-    Goals(ses=10_000, rss_mb=700, cpu_pct=60, p99_ms=200, storm_s=60),
+    Goals(ses=1000, rss_mb=200, notice_s=10),
+    Goals(ses=2000, rss_mb=250, cpu_pct=15, p99_ms=30, storm_s=15, notice_s=10),
+    Goals(ses=10_000, rss_mb=700, cpu_pct=60, p99_ms=200, storm_s=60, notice_s=30),
 )
 LIST_GOAL_S = 1.0
 GROWTH_GOAL_PCT = 2.0
+GROWTH_AFTER_S = 60.0
+"""Memory is compared with that of this moment; a shorter run says nothing of growth."""
 WORKING = ("UP", "DEGRADED")
 """States with a link and a reverse path that work; a busy machine makes a round trip long, which is DEGRADED."""
 PATIENCE_S = 60.0
@@ -66,9 +71,11 @@ SETTINGS = {
 
 class _Measured(msgspec.Struct, kw_only=True):
     up: int
+    degraded: int
+    notice_s: float
     rss_bytes: int
     empty_rss_bytes: int
-    growth_pct: float
+    growth_pct: float | None
     cpu_pct: float
     seconds: float
     up_after_s: float
@@ -80,6 +87,8 @@ class _Storm(msgspec.Struct, kw_only=True):
     up_s: float
     left_out: int
     degraded: int
+    slots: int
+    """Log-ins that were told when to come back."""
 
 
 def run(stand: Stand, options: Options) -> Report:
@@ -96,7 +105,8 @@ def run(stand: Stand, options: Options) -> Report:
         f"{(measured.rss_bytes - measured.empty_rss_bytes) / 1024 / max(1, options.ses):.1f} KiB an SE",
         f"{report.heartbeats} heartbeats, median {report.heartbeat_p50_ms:.1f} ms, {report.reconnects} reconnects, "
         f"refusals {report.refusals or 'none'}",
-        "processor time is in % of one core; growth is of memory, after the first minute of that time",
+        f"{measured.degraded} of them DEGRADED at the end; processor time is in % of one core",
+        "limits of rates, and of connections that haven't logged in, are lifted: all SEs come from one address",
     ]
     theirs = None
     if per_link_bytes is None:
@@ -125,17 +135,28 @@ def run(stand: Stand, options: Options) -> Report:
         ),
         Row(name="fleet.lost_heartbeats", value=report.lost_heartbeats, unit="heartbeats", goal=0, better="low"),
         Row(name="fleet.list_s", value=round(measured.list_s, 3), unit="s", goal=LIST_GOAL_S, better="low"),
-        Row(name="fleet.growth_pct", value=round(measured.growth_pct, 2), unit="%", goal=GROWTH_GOAL_PCT, better="low"),
+        Row(
+            name="fleet.dead_notice_s", value=round(measured.notice_s, 1), unit="s",
+            goal=goals.notice_s if goals else None, better="low",
+        ),
         Row(
             name="fleet.links_per_s", value=round(report.linked / report.link_s, 1), unit="1/s", better="high",
             peer="sshd, log-ins" if logins_per_s else None, peer_value=logins_per_s,
         ),
     ]  # fmt: skip
+    if measured.growth_pct is not None:
+        notes.append("growth is of memory, after the first minute")
+        rows.append(
+            Row(
+                name="fleet.growth_pct", value=round(measured.growth_pct, 2), unit="%", goal=GROWTH_GOAL_PCT,
+                better="low",
+            )
+        )  # fmt: skip
     if measured.storm is not None:
         storm = measured.storm
         notes.append(
-            f"storm: SIGKILL, started again at once; measured from the start of the new process; "
-            f"{storm.degraded} of them DEGRADED when the last one was back"
+            f"storm: SIGKILL, started again at once; measured from the start of the new process; {storm.slots} log-ins "
+            f"were told when to come back, {storm.degraded} SEs were DEGRADED when the last one was back"
         )
         rows += [
             Row(
@@ -164,20 +185,47 @@ def _fleet(stand: Stand, root: Path, options: Options) -> tuple[_Measured, Fleet
             controller = stack.enter_context(stand.running(root))
             up_s = await_up(stand, controller, options.ses, process, log) - began
             states = controller.operator.status().states
-            storm = _Storm(up_s=up_s, left_out=options.ses - _up(controller), degraded=states.get("DEGRADED", 0))
-            stand.say(f"{_up(controller)} SEs back after {up_s:.1f} s; settling for {SETTLE_S:.0f} s")
+            back = sum(states.get(state, 0) for state in WORKING)
+            slots = refused(controller.bound["metrics_port"]).get("gateway-slot", 0)
+            storm = _Storm(
+                up_s=up_s, left_out=options.ses - back, degraded=states.get("DEGRADED", 0), slots=slots
+            )  # fmt: skip
+            stand.say(f"{back} SEs back after {up_s:.1f} s; settling for {SETTLE_S:.0f} s")
             pass_time(SETTLE_S, process, log)
+        notice_s = _dead_notice(stand, controller, options.ses, process, log)
         process.send_signal(signal.SIGUSR1)  # its measured time begins
         stand.say(f"measuring for {options.seconds:.0f} s")
         measured = _steady(controller, options, process, log)
         measured.storm, measured.empty_rss_bytes, measured.up_after_s = storm, empty_bytes, up_after_s
+        measured.notice_s = notice_s
         return measured, _report(process)
+
+
+def _dead_notice(stand: Stand, controller: Controller, ses: int, process: subprocess.Popen[bytes], log: Path) -> float:
+    """Freezes one process of the fleet, and returns the seconds until the last of its SEs is told DOWN."""
+    workers = children(process.pid)
+    frozen, dead = (workers[0], ses // len(workers)) if workers else (process.pid, ses)
+    stand.say(f"{dead} SEs freeze")
+    os.kill(frozen, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        until(
+            lambda: controller.operator.status().states.get("DOWN", 0) >= dead, what="the dead are told DOWN",
+            deadline_s=120.0, every_s=max(0.25, ses / 5000),
+        )  # fmt: skip
+        notice_s = time.monotonic() - began
+    finally:
+        os.kill(frozen, signal.SIGCONT)
+    stand.say(f"told after {notice_s:.1f} s; waiting for them, then settling for {SETTLE_S:.0f} s")
+    await_up(stand, controller, ses, process, log)
+    pass_time(SETTLE_S, process, log)
+    return notice_s
 
 
 def _steady(controller: Controller, options: Options, process: subprocess.Popen[bytes], log: Path) -> _Measured:
     pids = [controller.pid, *children(controller.pid)]
     before, at = cpu_s(pids), time.monotonic()
-    pass_time(min(60.0, options.seconds / 2), process, log)
+    pass_time(min(GROWTH_AFTER_S, options.seconds), process, log)
     first_bytes = resident_bytes(pids)
     pass_time(max(0.0, at + options.seconds - time.monotonic()), process, log)
     used_s, took_s = cpu_s(pids) - before, time.monotonic() - at
@@ -187,9 +235,13 @@ def _steady(controller: Controller, options: Options, process: subprocess.Popen[
     list_s = time.monotonic() - asked
     if listed < options.ses:
         raise BenchError(f"{listed} SEs in the list, {options.ses} expected")
+    states = controller.operator.status().states
+    grows = options.seconds >= 2 * GROWTH_AFTER_S
     return _Measured(
-        up=_up(controller), rss_bytes=last_bytes, empty_rss_bytes=0, up_after_s=0.0, list_s=list_s,
-        growth_pct=(last_bytes - first_bytes) / first_bytes * 100, cpu_pct=used_s / took_s * 100, seconds=took_s,
+        up=states.get("UP", 0), degraded=states.get("DEGRADED", 0), rss_bytes=last_bytes, empty_rss_bytes=0,
+        up_after_s=0.0, list_s=list_s, notice_s=0.0,
+        growth_pct=(last_bytes - first_bytes) / first_bytes * 100 if grows else None,
+        cpu_pct=used_s / took_s * 100, seconds=took_s,
     )  # fmt: skip
 
 
@@ -242,10 +294,6 @@ def running(stand: Stand, controller: Controller, ses: int) -> Iterator[tuple[su
         )  # fmt: skip
     with ended(process):
         yield process, log
-
-
-def _up(controller: Controller) -> int:
-    return _working(controller.operator.status())
 
 
 def _working(status: StatusView) -> int:

@@ -81,6 +81,10 @@ def with_table(page: str, points: Sequence[Point]) -> str:
         found = [_value(point, name) for point in points]
         unit = next(row.unit for row in found if row is not None)
         lines.append(f"| `{name}` | {unit} | " + " | ".join(map(_cell, found)) + " |")
+        peer = next((row.peer for row in found if row is not None and row.peer), None)
+        if peer is not None:
+            theirs = [number(row.peer_value) if row is not None else "-" for row in found]
+            lines.append(f"| the same of {peer.split(',')[0]} | {unit} | " + " | ".join(theirs) + " |")
     lines += ["", *(f"- {point.ses:,} SEs: {note}" for point in points for note in point.report.notes)]
     marked = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
     return marked.sub(lambda _: "\n".join([BEGIN, *lines, END]), page)

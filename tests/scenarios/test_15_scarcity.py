@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import socket
 import subprocess
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from lab_rig import NOTICE_S, SLACK_S, RealSe, Resources, Site, site
-from rig import until
+from rig import refused, until
 from rough import controller_pid, few_descriptors, judged
 
 from appliance.protocol.operator import ImageKeyTermsWish
@@ -199,11 +197,11 @@ def test_a_controller_out_of_descriptors(place: tuple[Site, RealSe]) -> None:
 def test_the_last_descriptors_are_kept_for_operators(place: tuple[Site, RealSe]) -> None:
     """Silent strangers take nearly all: further ones are turned away, and who asks is told what keeps SEs out."""
     at, se = place
-    held = judged(at, se, back_s=20.0, room=Resources(0, 1))
+    held, metrics = judged(at, se, back_s=20.0, room=Resources(0, 1)), at.controller.bound["metrics_port"]
     with held, few_descriptors(controller_pid(at), spare=40), contextlib.ExitStack() as strangers:
         for _ in range(80):
             strangers.enter_context(socket.create_connection(("127.0.0.1", at.controller.enroll_port)))
-        until(lambda: descriptors_refused(at) > 20, what="strangers are turned away")
+        until(lambda: refused(metrics)["descriptors"] > 20, what="strangers are turned away")
         at.ssh.cut()
         at.until_state(se, "DOWN HEARTBEAT_MISSED", deadline_s=NOTICE_S + SLACK_S)
         told = at.controller.operator.why("se-1").verdict
@@ -211,14 +209,6 @@ def test_the_last_descriptors_are_kept_for_operators(place: tuple[Site, RealSe])
         assert "connections are turned away: nearly all of" in told
         assert any("raise LimitNOFILE" in text for text in at.controller.operator.status().problems)
         at.ssh.mend()
-
-
-def descriptors_refused(at: Site) -> int:
-    """How many connections found no descriptor."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{at.controller.bound['metrics_port']}/metrics", timeout=10) as page:
-        found = re.search(r'appliance_refused_total\{reason="descriptors"\} (\d+)', page.read().decode())
-    assert found is not None
-    return int(found[1])
 
 
 def heartbeats(se: RealSe) -> bool:

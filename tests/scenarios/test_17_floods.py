@@ -8,27 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 from floods import FLOODS, Flood, Target, from_outside
-from rig import RunningController, running, until
+from rig import RunningController, refused, running, until
 
 from appliance.lab.fleet import FleetReport
 from appliance.protocol import tunnel
 from appliance.protocol.operator import ImageKeyTermsWish
-
-_REFUSED = re.compile(
-    r'^(?:appliance_refused_total|appliance_enroll_refusals_total)\{\w+="([^"]+)"\} (\d+)$', re.MULTILINE
-)
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +30,6 @@ def controller(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCont
     settings = {"source_burst": 100_000, "source_rate_per_s": 100_000.0, "heartbeat_interval_s": 1.0}
     with running(tmp_path_factory.mktemp("flood"), settings=settings) as found:
         yield found
-
-
-def refused(controller: RunningController) -> dict[str, int]:
-    """What was turned away so far, by reason."""
-    url = f"http://127.0.0.1:{controller.bound['metrics_port']}/metrics"
-    with urllib.request.urlopen(url, timeout=20) as answer:
-        return {reason: int(count) for reason, count in _REFUSED.findall(answer.read().decode())}
 
 
 class FleetRun:
@@ -97,7 +84,7 @@ def run_flood(
     controller: RunningController, folder: Path, flood: Flood, count: int, *, ses: int, seconds: float
 ) -> tuple[FleetReport, dict[str, int]]:
     """Returns what the fleet saw under a flood, and who was turned away meanwhile."""
-    before = refused(controller)
+    before = refused(controller.bound["metrics_port"])
     target = Target(controller.bundle, controller.enroll_port, controller.ssh_port, controller.operator)
     with fleet(controller, folder, ses=ses, prefix=f"{flood.name}-{count}-") as flooded:
         from_outside(flood.work(target, count, time.monotonic() + seconds))
@@ -105,7 +92,7 @@ def run_flood(
         report = flooded.report()
     assert report.lost_heartbeats == 0
     assert report.reconnects == 0
-    counted = {reason: now - before.get(reason, 0) for reason, now in refused(controller).items()}
+    counted = {reason: now - before.get(reason, 0) for reason, now in refused(controller.bound["metrics_port"]).items()}
     return report, {reason: more for reason, more in counted.items() if more}
 
 

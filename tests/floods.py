@@ -85,14 +85,14 @@ async def tls_connection(at: Target) -> tuple[asyncio.StreamReader, asyncio.Stre
 
 
 async def slow_loris(at: Target, count: int, end: float) -> None:
-    """Requests whose headers come a byte a second."""
+    """Requests whose headers come a byte a second, and half as many SSH banners that do."""
 
-    async def drip() -> None:
+    async def drip(connect: Callable[[], Coroutine[Any, Any, Any]], content: bytes) -> None:
         while time.monotonic() < end:
             with contextlib.suppress(OSError, ssl.SSLError):
-                _, writer = await tls_connection(at)
+                _, writer = await connect()
                 try:
-                    for byte in b"POST /v1/enroll/nonce HTTP/1.1\r\nHost: x\r\n" + b"X-Y: z\r\n" * 1000:
+                    for byte in content:
                         if time.monotonic() >= end or writer.transport.is_closing():
                             break
                         writer.write(bytes([byte]))
@@ -102,7 +102,13 @@ async def slow_loris(at: Target, count: int, end: float) -> None:
                     writer.transport.abort()
             await asyncio.sleep(0.5)
 
-    await asyncio.gather(*(drip() for _ in range(count)))
+    request = b"POST /v1/enroll/nonce HTTP/1.1\r\nHost: x\r\n" + b"X-Y: z\r\n" * 1000
+    requests = (drip(lambda: tls_connection(at), request) for _ in range(count))
+    banner = b"SSH-2.0-" + b"x" * 200
+    banners = (
+        drip(lambda: asyncio.open_connection("127.0.0.1", at.ssh_port), banner) for _ in range(count // 2)
+    )  # fmt: skip
+    await asyncio.gather(*requests, *banners)
 
 
 async def huge_headers(at: Target, count: int, end: float) -> None:
@@ -153,6 +159,29 @@ async def telemetry(at: Target, count: int, end: float) -> None:
                 await se.beat(telemetry=True)
 
 
+async def unread(at: Target, _count: int, end: float) -> None:
+    """One SE that asks for long answers on eight channels and reads none of them; given up, it comes back."""
+    async with machine() as stand:
+        se = stand.se(at.bundle, "unread")
+        await se.enroll()
+        while time.monotonic() < end:
+            await link_in_turn(se)
+            await se.beat()
+            assert se.conn is not None
+            asks = [
+                (await se.conn.open_connection(tunnel.CHANNEL_HOST, tunnel.CHANNEL_PORT, window=1 << 31))[1]
+                for _ in range(8)
+            ]
+            way = se.conn._transport
+            assert way is not None
+            way.pause_reading()
+            while time.monotonic() < end and not way.is_closing():
+                for writer in asks:
+                    writer.write(b"GET /v1/openapi.json HTTP/1.1\r\nHost: c\r\n\r\n")
+                await asyncio.sleep(0.002)
+            se.close()
+
+
 async def enrollments(at: Target, count: int, end: float) -> None:
     """New SEs with a valid image key, as fast as they come."""
     created = await asyncio.to_thread(
@@ -176,8 +205,9 @@ FLOODS = (
     Flood(slow_loris, 30, 500, ("enroll-408",)),
     Flood(huge_headers, 2, 8, ("enroll-431",)),
     Flood(channels, 500, 5000, ("gateway-channel",)),
-    Flood(telemetry, 1, 1),
-    Flood(enrollments, 2, 4),
+    Flood(unread, 1, 1, ("link-unread",)),
+    Flood(telemetry, 1, 1, ("link-heartbeat",)),
+    Flood(enrollments, 2, 4, ("ENROLL-040",)),
 )
 
 

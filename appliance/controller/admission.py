@@ -36,6 +36,7 @@ from appliance.protocol.enroll import (
 from appliance.protocol.standing import Act, act
 
 _AUDITED = {Refusals.CONFLICT, Refusals.CLONED_KEY}
+"""Neither can be had without an image key, a token, or the key of an SE; strangers' refusals are only counted."""
 AUDITED_REFUSALS_PER_H = 100
 """And one an hour for each se_id: an image key opens the door to asking, it must not fill the audit."""
 _VERBS = {
@@ -77,9 +78,10 @@ class Admission:
         self._registry = registry
         self._pending_life_s = pending_life_s
         self._wall = wall
+        # Half of them at once: what comes again while an hour passes is the other half.
         self._refusals = Rates(
-            rate_per_s=AUDITED_REFUSALS_PER_H / 3600,
-            burst=AUDITED_REFUSALS_PER_H,
+            rate_per_s=AUDITED_REFUSALS_PER_H / 2 / 3600,
+            burst=AUDITED_REFUSALS_PER_H // 2,
             source_rate_per_s=1 / 3600,
             source_burst=1,
             now=wall(),

@@ -8,6 +8,7 @@ restore the sequence goes on in a new segment, whose first entry names the clust
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from appliance.controller import records
 from appliance.controller.store.port import Compare, Put, Store
@@ -24,8 +25,17 @@ def _entry_key(node: int, sequence: int) -> str:
     return f"{ENTRY_PREFIX}{node}/{sequence:012d}"
 
 
+class Note(NamedTuple):
+    """What an entry tells; the rest of it is the chain's."""
+
+    actor: str
+    action: str
+    subject: str
+    detail: str = ""
+
+
 class Audit:
-    """One node's chain. Entries are prepared one at a time: the caller holds the ledger lock until the commit."""
+    """One node's chain. Entries are prepared and committed in turn: the caller holds the ledger lock until then."""
 
     def __init__(self, store: Store, *, cluster_id: str, node: int, epoch: int) -> None:
         self._store = store
@@ -51,37 +61,27 @@ class Audit:
     def _head_value(self) -> bytes:
         return f"{self.head} {self.count}".encode()
 
-    def prepare(
-        self, *, at: float, actor: str, action: str, subject: str, detail: str = ""
-    ) -> tuple[AuditEntry, list[Compare], list[Put]]:
-        """Returns the next entry with what must hold and what to write; `committed` makes it the head."""
+    def prepare(self, notes: Sequence[Note], *, at: float) -> tuple[AuditEntry, Compare, list[Put]]:
+        """Returns the last of the next entries, one for each note (one at least), with what must hold and what to
+        write; `committed` makes it the head."""
         previous = self.head
         if self._newest_epoch != self._epoch:
-            if subject != self._cluster_id:
-                raise StateMachineError(f"a segment of the audit begins with {subject!r}, not with its cluster")
+            if notes[0].subject != self._cluster_id:
+                raise StateMachineError(f"a segment of the audit begins with {notes[0].subject!r}, not its cluster")
             previous = chain.genesis(self._cluster_id, self._node, self._epoch, after=self.head)
-        entry = chain.seal(
-            AuditEntry(
-                sequence=self.count + 1,
-                time=at,
-                node=self._node,
-                epoch=self._epoch,
-                actor=actor,
-                action=action,
-                subject=subject,
-                detail=detail,
-                previous=previous,
+        writes = []
+        for sequence, note in enumerate(notes, self.count + 1):
+            entry = chain.seal(
+                AuditEntry(
+                    sequence=sequence, time=at, node=self._node, epoch=self._epoch, previous=previous, **note._asdict()
+                )
             )
-        )
+            writes.append(Put(_entry_key(self._node, sequence), records.encode(entry)))
+            previous = entry.hash
+        writes.append(Put(self._head_key, f"{entry.hash} {entry.sequence}".encode()))
         if self.count:
-            compare = Compare(self._head_key, "value", "=", self._head_value())
-        else:
-            compare = Compare(self._head_key, "version", "=", 0)
-        writes = [
-            Put(_entry_key(self._node, entry.sequence), records.encode(entry)),
-            Put(self._head_key, f"{entry.hash} {entry.sequence}".encode()),
-        ]
-        return entry, [compare], writes
+            return entry, Compare(self._head_key, "value", "=", self._head_value()), writes
+        return entry, Compare(self._head_key, "version", "=", 0), writes
 
     def committed(self, entry: AuditEntry) -> None:
         """The transaction with `entry` was committed."""

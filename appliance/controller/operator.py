@@ -278,9 +278,13 @@ class OperatorApi:
         """Checks the whole chain."""
         return await self._registry.audit.verify()
 
-    async def drain(self, _request: Request, _body: Any) -> Drained:
+    async def drain(self, request: Request, _body: None) -> Drained:
         """Stops admitting links and enrollments; the open ones stay until the stop."""
         links = self._fleet.links
+        await self._registry.note(
+            actor=request.state.actor, action="controller.drained", subject=f"node {self._view().node}",
+            detail=f"nobody is admitted any more; {links} links are open",
+        )  # fmt: skip
         self._drain()
         return Drained(links=links)
 

@@ -20,7 +20,8 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from appliance.controller import records
-from appliance.controller.audit import Audit
+from appliance.controller.audit import Audit, Note
+from appliance.controller.changes import Changes
 from appliance.controller.records import ImageKeyRecord, ImageRecord, Record, SeRecord, TokenRecord
 from appliance.controller.store.port import Compare, Delete, Op, Put, Store
 from appliance.errors import NotFoundError, StoreError, UsageError
@@ -76,6 +77,7 @@ class Registry:
         """The lease that newly used nonces share, and the time after which a new one is taken."""
         self.reserve_space: Reserve | None = None
         """Disk space to be given up where the disk is too full for an audited change."""
+        self._changes = Changes(self)
         self.used_nonces: list[str] = []
         """Nonces that were used before this process started and may still be fresh."""
 
@@ -125,6 +127,16 @@ class Registry:
         Where `se_id` is given, nothing else writes that SE's record meanwhile, not even its link's ticket.
         """
         async with self._ledger, self._alone(se_id) if se_id else contextlib.nullcontext():
+            if self._is_stale:
+                await self._read()
+            yield
+
+    @contextlib.asynccontextmanager
+    async def alone(self, se_ids: Iterable[str]) -> AsyncIterator[None]:
+        """For who holds the turn: nothing else writes the records of these SEs meanwhile."""
+        async with contextlib.AsyncExitStack() as stack:
+            for se_id in se_ids:
+                await stack.enter_async_context(self._alone(se_id))
             if self._is_stale:
                 await self._read()
             yield
@@ -268,7 +280,15 @@ class Registry:
         subject: str,
         detail: str = "",
     ) -> None:
-        """Commits new and changed records and an audit entry, where each is in the store as memory has it.
+        """Commits new and changed records and an audit entry. See `commit_noted`."""
+        note = Note(actor, action, subject, detail)
+        await self.commit_noted(changed, [note], forgotten=forgotten, compares=compares, writes=writes)
+
+    async def commit_noted(
+        self, changed: Sequence[Record], notes: Sequence[Note], *, forgotten: SeRecord | None = None,
+        compares: Sequence[Compare] = (), writes: Sequence[Op] = (),
+    ) -> None:  # fmt: skip
+        """Commits new and changed records and audit entries, where each is in the store as memory has it.
 
         The caller holds the turn, and has not let go of the loop since it read what it changed. The indices of SEs
         follow their records; `forgotten` goes without a trace but its number, which isn't given again.
@@ -294,10 +314,8 @@ class Registry:
             checks.append(Compare(forgotten.store_key, "mod_revision", "=", self._ses[forgotten.se_id].revision))
             keys = (records.thumbprint_key(forgotten.thumbprint), records.number_key(forgotten.number))
             puts += [Delete(key) for key in (forgotten.store_key, *keys)]
-        entry, audit_compares, audit_writes = self.audit.prepare(
-            at=self._wall(), actor=actor, action=action, subject=subject, detail=detail
-        )
-        revision = await self._audited_txn([*checks, *audit_compares], [*puts, *audit_writes])
+        entry, follows, audit_writes = self.audit.prepare(notes, at=self._wall())
+        revision = await self._audited_txn([*checks, follows], [*puts, *audit_writes])
         self.audit.committed(entry)
         for record in changed:
             self._remember(record, revision)
@@ -343,7 +361,7 @@ class Registry:
         """Commits, and notes where memory may be behind the store: a commit that failed can still have happened."""
         try:
             result = await self._store.txn(compares, writes)
-        except StoreError:
+        except BaseException:  # of a caller that was cancelled, too
             self._is_stale = True
             raise
         if not result.succeeded:
@@ -386,9 +404,11 @@ class Registry:
         self, was: SeRecord, record: SeRecord, *, actor: str, action: str, detail: str = ""
     ) -> None:
         """Stores `record` in the place of `was`, together with an audit entry. Raises as `update_se`."""
-        async with self.turn(record.se_id):
-            record, _ = self._rebased(was, record)
-            await self.commit(record, actor=actor, action=action, subject=record.se_id, detail=detail)
+
+        def rebased(_: SeRecord) -> SeRecord:
+            return self._rebased(was, record)[0]
+
+        await self.change_se(record.se_id, rebased, actor=actor, action=action, detail=detail)
 
     async def change_se(
         self, se_id: str, change: Callable[[SeRecord], SeRecord], *, actor: str, action: str, detail: str = ""
@@ -399,14 +419,7 @@ class Registry:
             NotFoundError: there is no such SE.
             StoreError: as `commit`.
         """
-        async with self.turn(se_id):
-            was = self.se(se_id)
-            if was is None:
-                raise NotFoundError(f"no SE {se_id!r} is known", hint="see `appliance se list`")
-            record = change(was)
-            if record != was:
-                await self.commit(record, actor=actor, action=action, subject=se_id, detail=detail)
-            return record
+        return await self._changes.make(se_id, change, Note(actor, action, se_id, detail))
 
     async def note(self, *, actor: str, action: str, subject: str, detail: str = "") -> None:
         """Adds an audit entry that changes nothing else."""

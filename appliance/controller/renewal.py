@@ -80,8 +80,8 @@ def of_material(material: Material) -> list[Expiry]:
     if issuing is not None:
         advice = "`appliance controller issuing-ca renew` replaces it"
         found.append(Expiry("issuing CA", issuing.expires_at, issuing.not_before, advice))
-    if material.issuer is issuing and terms is not None and terms.not_after == issuing.expires_at:
-        advice = "it ends with the issuing CA"
+    if terms is not None and terms.not_after == material.issuer.expires_at:
+        advice = f"it ends with the {'issuing' if issuing else 'root'} CA"
     else:
         advice = "it renews itself; the log says why it could not"
     ends, began = (terms.not_after, terms.not_before) if terms else (0.0, -math.inf)

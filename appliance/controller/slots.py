@@ -6,8 +6,9 @@ many begin at once, those above the first `FEW` wait: as many as can have their 
 and not yet spoken to, which costs no processor time; the others are told a time to come back, and each a different one.
 Pure: times are monotonic seconds, given by the caller, who calls `tick` every `TICK_S`.
 
-    nobody in line before it, and: under way < FEW, or
-    the loop is on time and few began since the last tick     in
+    nobody in line before it, and: under way < FEW, or the
+    loop is on time, few began since the last tick, and what
+    has logged in comes up within COMING_UP_S                 in
     less than LINE_S of log-ins in line                       in line
     else                                                      a slot
 
@@ -32,6 +33,9 @@ LATE_S = 0.1
 """How late the loop may be before it counts as behind."""
 BURST = 16
 """Log-ins let in between two ticks above the first `FEW`."""
+COMING_UP_S = 4.0
+"""How long those may take that have logged in, by the rate of late: a loop that is on time can still have more hellos
+than its store writes, and whoever waits for too long is given up and comes again."""
 FIRST_RATE_PER_S = 200.0
 HASTE = 1.2
 """Slots a second for each log-in a second: who comes early waits in line, but an idle second is lost."""
@@ -96,6 +100,8 @@ class Slots:
 
     def __init__(self) -> None:
         self.under_way = 0
+        self.coming_up = 0
+        """Those under way that have logged in: strangers aren't among them."""
         self.shed = 0
         """Log-ins that were given a slot, since the start."""
         self.rate_per_s = FIRST_RATE_PER_S
@@ -107,16 +113,23 @@ class Slots:
 
     def may_enter(self) -> bool:
         """Whether one more log-in may begin now."""
-        return self.under_way < FEW or (not self._is_late and self._came < BURST)
+        if self.under_way < FEW:
+            return True
+        return not self._is_late and self._came < BURST and self.coming_up < self.rate_per_s * COMING_UP_S
 
     def enter(self) -> None:
         """A log-in begins; `leave` follows."""
         self.under_way += 1
         self._came += 1
 
-    def leave(self) -> None:
+    def logged_in(self) -> None:
+        """One of those under way has logged in; `leave` will say so."""
+        self.coming_up += 1
+
+    def leave(self, *, logged_in: bool = False) -> None:
         """A log-in is over: the link is up, or lost."""
         self.under_way -= 1
+        self.coming_up -= logged_in
         self._finished += 1
 
     @property

@@ -214,9 +214,9 @@ class Gateway:
             if self.door is not None:
                 self.door.tick(loop.time() - began - TICK_S)
 
-    def left(self) -> None:
+    def left(self, *, logged_in: bool) -> None:
         """A log-in is over: somebody else may begin."""
-        self.slots.leave()
+        self.slots.leave(logged_in=logged_in)
         if self.door is not None:
             self.door.advance()
 
@@ -243,7 +243,7 @@ class Peer(asyncssh.SSHServer):
     def _leave_slot(self) -> None:
         if self._has_slot:
             self._has_slot = False
-            self._gateway.left()
+            self._gateway.left(logged_in=self._link is not None)
 
     # Connection and log-in.
 
@@ -325,6 +325,7 @@ class Peer(asyncssh.SSHServer):
             now=gateway.monotonic(),
         )
         self._link.on_up = self._leave_slot
+        gateway.slots.logged_in()
         gateway.links += 1
         gateway.empty.clear()
         gateway.fleet.opened(self._link)

@@ -97,6 +97,11 @@ class Fleet:
         """Ends the measured time early."""
         self._stop.set()
 
+    @property
+    def is_measuring(self) -> bool:
+        """Whether the measured time has begun: whatever is lost from now on is in the report."""
+        return self._measured_from > 0
+
     def begin(self) -> None:
         """Begins the measured time anew: what was measured so far is forgotten."""
         self._beats.rtts_s.clear()
@@ -133,6 +138,7 @@ class Fleet:
             refused = dict(self._refusals)
             self.begin()
             self._refusals.update(refused)
+            self._say("measuring")
             await self._wait(seconds or None)
             rtts = list(self._beats.rtts_s)
             return FleetReport(

@@ -23,7 +23,7 @@ import msgspec
 
 from appliance import __version__
 from appliance.controller.connection import GatewayConnection
-from appliance.errors import EnrollError, TunnelError, UnreachableError
+from appliance.errors import EnrollError, TrustError, TunnelError, UnreachableError
 from appliance.lab import simulated_link
 from appliance.pki import jws, tls
 from appliance.pki.identity import Identity
@@ -168,7 +168,11 @@ class SimulatedSe:
         context = _context(tuple(self._roots()))
         reader, writer = await asyncio.open_connection(host, port, ssl=context, ssl_handshake_timeout=REQUEST_TIMEOUT_S)
         session: ssl.SSLObject = writer.get_extra_info("ssl_object")
-        tls.check_peer(tls.peer_chain(session), cluster_id=self.bundle.cluster_id, revoked_node_keys=())
+        try:
+            tls.check_peer(tls.peer_chain(session), cluster_id=self.bundle.cluster_id, revoked_node_keys=())
+        except TrustError:
+            writer.close()
+            raise
         return reader, writer
 
     def _request(self, nonce: str) -> EnrollRequest:

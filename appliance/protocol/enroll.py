@@ -27,7 +27,8 @@ State is looked up first, by se_id *and* by key; `decide` is the whole table:
 
     key known under another se_id, or se_id
     not known, or of a status as above        refused alike
-    se_id pending                             refuse CONFLICT: there is no place to take yet
+    se_id pending                             refuse CONFLICT with a good token, there is no place to take yet; else
+                                              that token's refusal: who has none learns and changes nothing
     se_id enrolled     same key, no hello yet GRANT_AGAIN, whatever became of the token (a lost answer)
     se_id enrolled     same key, hello seen   refuse SPENT
     se_id enrolled     other key              REPLACE_KEY with a good token, else that token's refusal
@@ -475,7 +476,7 @@ def decide_rejoin(
     if known.status in REFUSED_STATUS:
         return _refuse(REFUSED_STATUS[known.status])
     if known.status is SeStatus.PENDING:
-        return _refuse(Refusals.CONFLICT)
+        return _refuse(token or Refusals.CONFLICT)
     if known.thumbprint == thumbprint:
         return _refuse(Refusals.SPENT) if known.confirmed else Verdict(Decision.GRANT_AGAIN)
     return _refuse(token) if token else Verdict(Decision.REPLACE_KEY)

@@ -1,10 +1,10 @@
 """What a fleet of simulated SEs costs a controller, beside what as many OpenSSH connections cost an sshd.
 
 `appliance lab fleet` enrolls and links the SEs against a fresh controller; both run on this machine's cores. When all
-are UP by the controller's own word, and have settled, the controller's memory and processor time are read from the
-kernel over the measured time. Before that one process of the fleet is frozen until all its SEs are told DOWN; with
---storm the controller is killed with all SEs linked, and started again. sshd's is measured with as many connections, 2,000
-at most.
+are UP by the controller's own word, and have settled, one process of the fleet is frozen until all its SEs are told
+DOWN; then the controller's memory and processor time are read from the kernel over the measured time. With --storm the
+controller is killed before that with all SEs linked, and started again. sshd's is measured with as many connections,
+2,000 at most: more are a matter of memory and patience.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import time
 
 import msgspec
 from floods import FLOODS, Flood, Target, from_outside
+from rig import refused
 
 from appliance.lab.fleet import FleetReport
 from appliance.protocol.seed import Bundle
@@ -25,11 +26,11 @@ FACTOR = 2.0
 
 def run(stand: Stand, options: Options) -> Report:
     """Measures a quiet fleet, then one under each flood, each of `--ses` for `--seconds`."""
-    quiet = _measured(stand, options, None)
+    quiet, _ = _measured(stand, options, None)
     rows = [Row(name="flood.none_p99_ms", value=round(quiet.heartbeat_p99_ms, 2), unit="ms", better="low")]
     notes = [f"{stand.what}; {options.ses} SEs UP, {options.seconds:.0f} s measured, floods on the same cores"]
     for flood in FLOODS:
-        report = _measured(stand, options, flood)
+        report, turned_away = _measured(stand, options, flood)
         goal = round(FACTOR * quiet.heartbeat_p99_ms, 2)
         rows += [
             Row(
@@ -42,20 +43,24 @@ def run(stand: Stand, options: Options) -> Report:
             ),
         ]  # fmt: skip
         notes.append(
-            f"{flood.name} x {flood.large}: {report.heartbeats} heartbeats, median {report.heartbeat_p50_ms:.1f} ms"
+            f"{flood.name} x {flood.large}: {report.heartbeats} heartbeats, median {report.heartbeat_p50_ms:.1f} ms; "
+            f"turned away: {', '.join(f'{count} {reason}' for reason, count in turned_away.items()) or 'nobody'}"
         )
     return Report(bench="floods", rows=rows, notes=notes)
 
 
-def _measured(stand: Stand, options: Options, flood: Flood | None) -> FleetReport:
+def _measured(stand: Stand, options: Options, flood: Flood | None) -> tuple[FleetReport, dict[str, int]]:
     stand.say(f"{options.ses} SEs, {flood.name if flood else 'no flood'}")
     with fleet.settled(stand, options.ses, settings=SETTINGS) as found:
         at = found.controller
         bundle = msgspec.json.decode(at.bundle(uses=len(FLOODS)).read_bytes(), type=Bundle)
         target = Target(bundle, at.bound["enroll_port"], at.bound["ssh_port"], at.operator)
+        before = refused(at.bound["metrics_port"])
         found.begin()
         if flood:
             from_outside(flood.work(target, flood.large, time.monotonic() + options.seconds))
         else:
             fleet.pass_time(options.seconds, found.process, found.log)
-        return found.end()
+        report = found.end()
+        counted = {reason: now - before.get(reason, 0) for reason, now in refused(at.bound["metrics_port"]).items()}
+        return report, {reason: more for reason, more in counted.items() if more}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import copy
 import functools
 import os
 import shutil
@@ -11,6 +12,8 @@ import struct
 import tempfile
 import uuid
 from pathlib import Path
+
+import asyncssh
 
 from appliance.controller.audit import Audit
 from appliance.controller.records import ImageKeyRecord, encode
@@ -22,12 +25,14 @@ from appliance.paths import Paths
 from appliance.pki import jws as signatures
 from appliance.pki import sealed
 from appliance.pki.authority import Authority
+from appliance.pki.host_key_probe import HostKeyProbe
 from appliance.pki.identity import Identity
 from appliance.pki.image_key import create_image_key
 from appliance.pki.secret import Secret
 from appliance.protocol import audit, ovf, strict_json, telemetry, token, tunnel
 from appliance.protocol import seed as seeds
-from appliance.protocol.enroll import Claim, EnrollRequest, InstanceFacts, Policy, RefreshRequest
+from appliance.protocol.address import se_address
+from appliance.protocol.enroll import Claim, EnrollRequest, Grant, InstanceFacts, Pending, Policy, RefreshRequest
 from appliance.protocol.image import REPORT_SCHEMA, ImageReport
 from appliance.protocol.operator import AuditEntry
 from appliance.protocol.telemetry import Point, Sample
@@ -131,6 +136,64 @@ def enrollment() -> bytes:
 def signed_enrollment() -> bytes:
     key_id, key = image_key()
     return signatures.sign(enrollment(), [("image", key_id, key), ("se", identity().thumbprint, identity())])
+
+
+@functools.cache
+def grant() -> bytes:
+    found = Grant(
+        cluster_id=CLUSTER, se_id=SE_ID, name="web-1", number=1, address=se_address(1), trust=envelope(),
+        receipt=authority().sign(RECEIPT_TYPE, receipt()), heartbeat_interval_s=5.0,
+    )  # fmt: skip
+    return strict_json.encode(found)
+
+
+def pending() -> bytes:
+    return strict_json.encode(Pending(se_id=SE_ID, fingerprint=identity().thumbprint, retry_after_s=10))
+
+
+@functools.cache
+def _probe() -> HostKeyProbe:
+    return HostKeyProbe()
+
+
+def probe() -> HostKeyProbe:
+    """A probe at its beginning, with the same secrets each time: what was proved to one is proved to all."""
+    found = copy.copy(_probe())
+    found._buffer = bytearray()
+    return found
+
+
+@functools.cache
+def host_key_proof() -> bytes:
+    """What an SSH server with the host key `identity` says to such a probe."""
+
+    async def listen() -> bytes:
+        gone = asyncio.Event()
+
+        class Server(asyncssh.SSHServer):
+            def connection_lost(self, exc: Exception | None) -> None:
+                gone.set()
+
+        key = asyncssh.import_private_key(identity().openssh().reveal())
+        acceptor = await asyncssh.listen(
+            "127.0.0.1", 0, server_factory=Server, server_host_keys=[key], kex_algs=["curve25519-sha256"]
+        )
+        reader, writer = await asyncio.open_connection("127.0.0.1", acceptor.get_port())
+        asks, said = probe(), b""
+        writer.write(asks.hello)
+        while asks.host_key is None:
+            received = await reader.read(1 << 16)
+            assert received
+            said += received
+            writer.write(asks.feed(received))
+        writer.close()
+        await writer.wait_closed()
+        await gone.wait()
+        acceptor.close()
+        await acceptor.wait_closed()
+        return said
+
+    return asyncio.run(listen())
 
 
 def hello() -> bytes:

@@ -31,6 +31,7 @@ from appliance.controller.web import Endpoint, application
 from appliance.errors import (
     ApplianceError,
     DocumentBrokenError,
+    EnrollError,
     ImageError,
     SeedError,
     SettingsError,
@@ -68,9 +69,14 @@ from appliance.runtime.health import read_health
 from appliance.runtime.mode import document_of
 from appliance.runtime.stop import StopToken
 from appliance.se import seed as se_seed
+from appliance.se.believed import Beliefs
 from appliance.se.channel_api import AnswerReader
 from appliance.se.channel_api import decode as decode_answer
+from appliance.se.enroll import Awaiting, Refused
+from appliance.se.first_boot import Enrollment
 from appliance.se.https import Conversation, _Timed
+from appliance.se.identity import IdentityRecord, SeState
+from appliance.storage.document import Document
 from appliance.storage.spool import Spool
 from image_builder import ova_lint, recipe
 from image_builder import seed as baking
@@ -244,6 +250,16 @@ def run_channel_request(raw: bytes) -> bool:
     return read
 
 
+def run_host_key_probe(raw: bytes) -> bool:
+    """As an SE's sshd sends it to the controller that checks the reverse path."""
+    probe = good.probe()
+    with contextlib.suppress(TrustError):
+        for piece in pieces(raw):
+            probe.feed(piece)
+    assert probe.host_key in {None, good.identity().public_line}, "a host key is believed that nobody proved"
+    return probe.host_key is not None
+
+
 # What controllers, or who says to be one, send to SEs.
 
 
@@ -280,24 +296,61 @@ class _Said:
     def close(self) -> None: ...
 
 
+def _trust() -> TrustDocument:
+    return strict_json.decode(good.trust_document(), TrustDocument, max_bytes=MAX_BYTES)
+
+
+@functools.cache
+def _first_boot() -> Enrollment:
+    """An SE that has a key and a seed's trust, and asks for its grant."""
+    paths, clock = Paths(good.emptied("first-boot")), SystemClock()
+    state = SeState(paths)
+    key = good.identity().pkcs8().reveal().decode()
+    record = IdentityRecord(se_id=good.SE_ID, key=key, attempt_id="0" * 16)
+    Document(state.directory / "identity.json", IdentityRecord).save(record)
+    state.load()
+    beliefs = Beliefs(state.trust_document, authorized_keys=state.authorized_keys_path)
+    beliefs.start_from_seed(good.envelope(), _trust())
+    return Enrollment(
+        paths, settings.Se(), state=state, beliefs=beliefs, clock=clock, tell=lambda *_: None, tell_line=lambda _: None
+    )
+
+
+def _ask_nonce(there: Conversation) -> None:
+    answer = there.post(enroll.NONCE_PATH, b"", attempt_id="0" * 16)
+    strict_json.decode(answer.body, enroll.NonceAnswer, max_bytes=MAX_BYTES)
+
+
+def _ask_grant(there: Conversation) -> None:
+    se = _first_boot()
+    se._conversation, se._grant = there, None
+    told = se._ask(enroll.REFRESH_PATH, se._refresh_request("n"), by_image_key=False)
+    if isinstance(told, Awaiting | Refused):
+        assert 0 <= told.retry_after_s <= se._settings.retry_most_s, "a controller parks an SE"
+    else:
+        assert se._grant is not None
+        signed = (se._grant.trust.body(), se._grant.receipt.body())
+        assert signed == (good.trust_document(), good.receipt()), "believed, and nobody signed it"
+
+
 def run_https_answer(raw: bytes) -> bool:
-    clock, said = SystemClock(), _Said(raw)
-    document = strict_json.decode(good.trust_document(), TrustDocument, max_bytes=MAX_BYTES)
-    there = Conversation("192.0.2.1:8443", trust=document, clock=clock, connect_timeout_s=1.0, stop=StopToken())
-    # As after a handshake.
-    there._sock = said  # type: ignore[assignment]
-    there._timed = _Timed(said, clock)  # type: ignore[arg-type]
-    there._http = http.client.HTTPConnection("controller")
-    there._http.auto_open = 0
-    there._http.sock = there._timed  # type: ignore[assignment]
-    try:
-        answer = there.post(enroll.NONCE_PATH, b"", attempt_id="0" * 16)
-        strict_json.decode(answer.body, enroll.NonceAnswer, max_bytes=MAX_BYTES)
-    except (UnreachableError, MalformedError):
-        return False
-    finally:
-        there._http.close()
-    return True
+    """As first boot reads it: a nonce; then a grant, the word to wait, or a refusal."""
+    read = False
+    for ask in (_ask_nonce, _ask_grant):
+        clock, said = SystemClock(), _Said(raw)
+        there = Conversation("192.0.2.1:8443", trust=_trust(), clock=clock, connect_timeout_s=1.0, stop=StopToken())
+        # As after a handshake.
+        there._sock = said  # type: ignore[assignment]
+        there._timed = _Timed(said, clock)  # type: ignore[arg-type]
+        there._http = http.client.HTTPConnection("controller")
+        there._http.auto_open = 0
+        there._http.sock = there._timed  # type: ignore[assignment]
+        with contextlib.closing(there._http), contextlib.suppress(
+            UnreachableError, MalformedError, TrustError, EnrollError
+        ):
+            ask(there)
+            read = True
+    return read
 
 
 def _as_envelope(raw: bytes, verify: Callable[[Envelope], Any]) -> Any:
@@ -621,8 +674,18 @@ TARGETS: dict[str, Target] = {
     "endpoint": Target(run_endpoint, lambda: [b"node-1.example:8443", b"[2001:db8::1]:8443", b"192.0.2.1"]),
     "enrollment": Target(run_enrollment, lambda: [good.enrollment()]),
     "health": Target(run_health, lambda: [good.health_file()]),
+    "host-key-probe": Target(run_host_key_probe, lambda: [good.host_key_proof()]),
     "http": Target(run_http, lambda: [b"POST /v1/enroll HTTP/1.1\r\nHost: c\r\nContent-Length: 2\r\n\r\n{}"]),
-    "https-answer": Target(run_https_answer, lambda: [good.http_answer(b'{"nonce":"n","time":1}')]),
+    "https-answer": Target(
+        run_https_answer,
+        lambda: [
+            good.http_answer(b'{"nonce":"n","time":1}'),
+            # Without a length: what is damaged within is still read to its end.
+            b"HTTP/1.1 201 Created\r\n\r\n" + good.grant(),
+            b"HTTP/1.1 202 Accepted\r\n\r\n" + good.pending(),
+            b"HTTP/1.1 409 Conflict\r\n\r\n" + strict_json.encode(enroll.Refusals.NONCE_STALE.problem(nonce="n")),
+        ],
+    ),
     "image-report": Target(run_image_report, lambda: [good.image_report()]),
     "iso": Target(run_iso, lambda: [good.seed_iso()]),
     "jws": Target(run_jws, lambda: [good.signed_enrollment()]),

@@ -66,6 +66,14 @@ async def waiting(controller: RunningController, stand: Machine, **more: object)
     yield se
 
 
+def restart_later(controller: RunningController, by_s: float) -> None:
+    """Stops it, and starts it with a clock that went on."""
+    assert controller.stop() == 0
+    settings = controller.paths.settings_file
+    settings.write_text(settings.read_text().replace("[clock]", f"[clock]\noffset_s = {by_s}"))
+    controller.start()
+
+
 # Tokens.
 
 
@@ -148,10 +156,7 @@ def test_revoked_and_expired_tokens_open_nothing(tmp_path: Path) -> None:
             assert await refusal(se.enroll()) == "ENROLL-034"
 
         run(work)
-        assert controller.stop() == 0
-        settings = controller.paths.settings_file
-        settings.write_text(settings.read_text().replace("[clock]", "[clock]\noffset_s = 120.0"))
-        controller.start()
+        restart_later(controller, 120.0)
 
         async def later(stand: Machine) -> None:
             se = stand.se(bundle)
@@ -241,6 +246,27 @@ def test_an_approval_for_another_fingerprint_lets_nobody_in(controller: RunningC
     run(work)
 
 
+def test_an_se_that_asked_before_its_image_key_ended_may_be_approved_after_that(tmp_path: Path) -> None:
+    """The end of a key ends the asking; who asked in time needs a person's word alone."""
+    with running(tmp_path / "root") as controller:
+
+        async def work(stand: Machine) -> None:
+            async with waiting(controller, stand, expires_in_s=60) as se:
+                restart_later(controller, 120.0)
+                late = stand.se(se.bundle, "too-late")
+                assert await refusal(late.ask_in()) == "ENROLL-008"
+                assert isinstance(await se.ask_in(), Pending)
+                controller.command("se", "approve", se.name)
+                assert isinstance(await se.ask_in(), Grant)
+                await se.link()
+                await se.beat()
+                await until_async(lambda: controller.state(se.name) == "UP OK", what="UP")
+                assert await refusal(late.ask_in()) == "ENROLL-008", "it was let in for itself, and nobody beside it"
+                assert uses(controller, se.bundle) == 1
+
+        run(work)
+
+
 def test_a_rejected_se_stays_out_until_it_is_reinstated(controller: RunningController) -> None:
     async def work(stand: Machine) -> None:
         async with waiting(controller, stand, max_uses=1) as se:
@@ -285,7 +311,7 @@ def test_a_token_that_waits_with_its_se_is_free_again_when_that_is_rejected(cont
 
 
 def test_a_request_that_nobody_answers_lapses_and_is_made_anew(tmp_path: Path) -> None:
-    with running(tmp_path / "root", settings={"pending_life_s": 1.0}) as controller:
+    with running(tmp_path / "root", settings={"pending_life_s": 3.0}) as controller:
         bundle = key(controller, Policy.APPROVE, max_uses=1)
         made = controller.operator.create_token(TokenWish(image_key_id=bundle.image_key_id))
 
@@ -494,6 +520,29 @@ def test_a_rejoin_is_signed_by_the_new_key(controller: RunningController) -> Non
         answer = await new.ask(enroll.REJOIN_PATH, forged)
         assert msgspec.json.decode(answer.body)["code"] == "ENROLL-003"
         assert controller.operator.se("lost-4").thumbprint == lost.identity.thumbprint
+
+    run(work)
+
+
+def test_a_rejoin_without_a_good_token_leaves_no_trace_in_the_audit(controller: RunningController) -> None:
+    """It takes a key that anybody can make, and an se_id that many know: of an SE that waits no less than of any."""
+
+    async def work(stand: Machine) -> None:
+        enrolled, stranger = stand.se(controller.bundle, "lost-5"), stand.se(controller.bundle)
+        await enrolled.enroll()
+        async with waiting(controller, stand) as pending:
+            before = controller.operator.status().refusals
+            for known in (pending.se_id, enrolled.se_id):
+                written = actions(controller, known)
+                for text, code in (("", "ENROLL-025"), (token.compose(bytes(32), rejoin=known), "ENROLL-027")):
+                    stranger.se_id, stranger.token, stranger.identity = known, text, Identity.create()
+                    answer = await stranger.ask(enroll.REJOIN_PATH, stranger.signed_rejoin)
+                    assert msgspec.json.decode(answer.body)["code"] == code
+                assert actions(controller, known) == written
+                told = [event.kind for event in controller.operator.events() if event.subject == known]
+                assert "enroll.refused" not in told
+            counted = controller.operator.status().refusals
+            assert [counted[code] - before.get(code, 0) for code in ("ENROLL-025", "ENROLL-027")] == [2, 2]
 
     run(work)
 

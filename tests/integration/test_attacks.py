@@ -198,7 +198,7 @@ def test_copies_of_one_se_cannot_take_the_room_of_others(controller: RunningCont
                 lambda: sum(not copy.conn.is_closed() for copy in copies) < MAX_LINKS_PER_SE, what="few copies stay"
             )
             await first.beat()
-            assert controller.state("crowd") == "UP CLONE"
+            await until_async(lambda: controller.state("crowd") == "UP CLONE", what="the first is UP")
 
     asyncio.run(go())
 
@@ -509,7 +509,7 @@ def test_a_stalled_key_exchange_ends_at_the_login_deadline(tmp_path: Path) -> No
 
 
 def test_a_slow_request_on_a_channel_is_cut_off(tmp_path: Path) -> None:
-    settings = {"header_timeout_s": 1.0, "body_timeout_s": 1.0}
+    settings = {"header_timeout_s": 3.0, "body_timeout_s": 3.0}
     with running(tmp_path / "root", settings=settings) as controller:
 
         async def go() -> None:
@@ -518,7 +518,7 @@ def test_a_slow_request_on_a_channel_is_cut_off(tmp_path: Path) -> None:
                 for said in (b"", b"POST /v1/heart", b"POST /v1/heartbeat HTTP/1.1\r\nContent-Length: 9\r\n\r\n{"):
                     reader, writer = await se.conn.open_connection(tunnel.CHANNEL_HOST, tunnel.CHANNEL_PORT)
                     writer.write(said)
-                    answer = await asyncio.wait_for(reader.read(), 5)
+                    answer = await asyncio.wait_for(reader.read(), 10)
                     assert answer.startswith(b"HTTP/1.1 408")
 
         asyncio.run(go())

@@ -295,11 +295,9 @@ def test_an_ended_se_gets_nothing_more(controller: RunningController, verb: str,
             await se.link()
             conn = se.conn
             assert conn is not None
-            began = time.monotonic()
             yes = ["--yes"] if verb == "delete" else []
             await asyncio.to_thread(controller.command, "se", verb, se.se_id, "--reason", "test", *yes)
             await asyncio.wait_for(conn.wait_closed(), 2.0)
-            assert time.monotonic() - began < 5
             for attempt in (se.enroll, se.refresh):
                 with pytest.raises(EnrollError) as refused:
                     await attempt()

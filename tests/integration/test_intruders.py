@@ -30,6 +30,7 @@ from appliance.protocol import enroll, tunnel
 from appliance.protocol.enroll import Grant
 from appliance.protocol.operator import ImageKeyTermsWish
 from appliance.protocol.problem import Problem
+from appliance.protocol.why import Step, StepResult
 
 CHANNELS = 10_000
 
@@ -107,7 +108,7 @@ def test_an_se_revoked_while_it_asks_gets_nothing_afterwards(controller: Running
                 outcomes = await asyncio.gather(*asking, return_exceptions=True)
             assert {found.code for found in outcomes if isinstance(found, EnrollError)} == {"ENROLL-014"}
             # What was answered when the operator had his answer may still have been on its way.
-            assert not [at for at in answered if at > revoked_at + 0.5]
+            assert not [at for at in answered if at > revoked_at + 5.0]
             with pytest.raises(UnreachableError, match="Permission denied"):
                 await se.connect()
 
@@ -240,7 +241,7 @@ def test_ten_thousand_channels_cost_others_nothing(controller: RunningController
             assert most < 64
             assert refused > CHANNELS * 0.9
             assert (memory().rss - before) / 2**20 < 32
-            assert slowest < tunnel.DEADLINE_S / 2
+            assert slowest < tunnel.DEADLINE_S
             await se.beat()
 
     asyncio.run(go())
@@ -359,6 +360,19 @@ def test_certificates_and_rsa_are_refused_whoever_signed(stock: RunningControlle
     for algorithms in ("ssh-rsa", "rsa-sha2-256,rsa-sha2-512"):
         said = ssh(stock, "-i", str(rsa), "-o", "IdentitiesOnly=yes", "-o", f"PubkeyAcceptedAlgorithms={algorithms}")
         assert "Permission denied (publickey)." in said
+
+    async def show_all_the_same() -> None:
+        """OpenSSH keeps back a key that the gateway's list of algorithms rules out; others don't."""
+        with pytest.raises(asyncssh.PermissionDenied):
+            await asyncssh.connect(
+                "127.0.0.1", stock.ssh_port, username="aviseuser", known_hosts=None, config=None, agent_path=None,
+                client_keys=[rsa],
+            )  # fmt: skip
+
+    asyncio.run(show_all_the_same())
+    link = next(link for link in stock.operator.why("127.0.0.1").steps if link.step is Step.LINK)
+    assert (link.result, link.code) == (StepResult.FAILED, "TUNNEL-010")
+    assert link.text == "log-in refused: the key is no Ed25519 key"
 
 
 def test_an_rsa_key_never_becomes_an_ses(controller: RunningController) -> None:

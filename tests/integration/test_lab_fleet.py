@@ -29,9 +29,9 @@ def test_whoever_ends_it_gets_the_whole_report(tmp_path: Path, number: signal.Si
             process.send_signal(number)
             told, _ = process.communicate(timeout=60)
         finally:
-            if process.poll() is None:
-                process.kill()
-                process.communicate()
+            process.kill()
+            assert process.stdout is not None
+            process.stdout.close()
         assert process.returncode == 0
         report = msgspec.json.decode(told, type=FleetReport)
         assert (report.ses, report.enrolled, report.linked, report.lost_heartbeats) == (SES, SES, SES, 0)

@@ -77,7 +77,7 @@ def test_a_link_that_beats_too_often_is_told_to_wait_and_stays(
             # The rest after the last one is nobody's wait any more.
             assert time.monotonic() - began > (statuses.count(429) - 1) * RESTS_S
             assert waits <= {"1", "2"}
-            assert controller.state("eager") == "UP OK"
+            await until_async(lambda: controller.state("eager") == "UP OK", what="it stays UP")
             assert se.conn is conn
             writer.close()
 

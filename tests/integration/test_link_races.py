@@ -51,7 +51,7 @@ def test_who_logged_in_before_another_key_took_its_place_gets_no_link(controller
 
 def test_a_link_whose_hello_was_refused_does_not_stay(tmp_path: Path) -> None:
     async def go() -> None:
-        with running(tmp_path / "root", settings={"login_timeout_s": 1.0}) as controller:
+        with running(tmp_path / "root", settings={"login_timeout_s": 3.0}) as controller:
             async with machine() as stand:
                 se = stand.se(controller.bundle, "refused")
                 await se.enroll()
@@ -59,7 +59,7 @@ def test_a_link_whose_hello_was_refused_does_not_stay(tmp_path: Path) -> None:
                 for body in (tunnel.Confirm(ticket="none"), tunnel.Heartbeat(sequence=1, time=0.0)):
                     with pytest.raises(EnrollError):
                         await se.say(tunnel.HELLO_PATH, body, tunnel.HelloAnswer)
-                await asyncio.wait_for(conn.wait_closed(), 5)
+                await asyncio.wait_for(conn.wait_closed(), 10)
 
     asyncio.run(go())
 

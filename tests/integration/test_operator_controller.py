@@ -6,17 +6,42 @@ import asyncio
 import http.client
 import json
 import os
+import re
 import socket
 import subprocess
 import urllib.request
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
-from rig import RunningController, machine, until_async
+from image_reports import report
+from rig import RunningController, machine, running, until_async
 
 from appliance.errors import NotFoundError
+from appliance.protocol.enroll import Policy
+from appliance.protocol.operator import ImageKeyTermsWish, TokenWish
 from appliance.protocol.tunnel import ImageKeyCopies
 from appliance.protocol.why import Step, StepResult
+
+AUDITED_ELSEWHERE = {f"/v1/recovery/{verb}" for verb in ("begin", "end", "approve")}
+"""They take a restored controller: `test_only_a_true_receipt_of_ones_own_is_taken`."""
+NOT_AUDITED = {"/v1/audit/head"}
+"""It signs what is there, and changes nothing."""
+
+
+def ask(controller: RunningController, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    """What the operator API answers where it does as asked."""
+    connection = http.client.HTTPConnection("controller", timeout=60)
+    connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.sock.settimeout(60)
+    connection.sock.connect(str(controller.paths.controller_socket))
+    connection.request(method, path, None if body is None else json.dumps(body))
+    answer = connection.getresponse()
+    said = answer.read()
+    connection.close()
+    assert answer.status in {200, 201}, said
+    return json.loads(said)
 
 
 def test_why_names_the_first_step_that_failed_for_each_kind_of_subject(controller: RunningController) -> None:
@@ -122,6 +147,62 @@ def test_who_did_it_is_in_the_audit(controller: RunningController) -> None:
     assert f"uid {os.geteuid()}" in entry.actor
 
 
+def test_every_act_of_an_operator_is_in_the_audit(tmp_path: Path) -> None:
+    """A new POST fails here until somebody says which entry it writes, or why none."""
+    with running(tmp_path / "root") as controller:
+        operator = controller.operator
+        bundle = operator.create_image_key(ImageKeyTermsWish(policy=Policy.APPROVE)).bundle
+        key = bundle.image_key_id
+        token = operator.create_token(TokenWish(image_key_id=key)).view.token_id
+
+        async def ask_in() -> None:
+            async with machine() as stand:
+                for name in ("let-in", "turned-away"):
+                    await stand.se(bundle, name).ask_in()
+
+        asyncio.run(ask_in())
+        image = report(cluster_id=bundle.cluster_id, image_key_id=key)
+        old, new = "five random words or more", "five other words or more"
+        acts: list[tuple[str, str, dict[str, Any] | None, str]] = [
+            ("/v1/tokens", "", {"image_key_id": key}, "token.created"),
+            ("/v1/tokens/{token}/revoke", token, {}, "token.revoked"),
+            ("/v1/ses/{se}/reject", "turned-away", {}, "se.rejected"),
+            ("/v1/ses/{se}/approve", "let-in", {}, "se.approved"),
+            ("/v1/ses/{se}/rotate-key", "let-in", {}, "se.key-due"),
+            ("/v1/ses/{se}/release", "let-in", {}, "se.released"),
+            ("/v1/ses/{se}/revoke", "let-in", {}, "se.revoked"),
+            ("/v1/ses/{se}/reinstate", "let-in", {}, "se.reinstated"),
+            ("/v1/ses/{se}/delete", "let-in", {}, "se.deleted"),
+            ("/v1/images", "", msgspec.to_builtins(image), "image.added"),
+            ("/v1/images/{image}/revoke", image.image_id, {"key": "keep"}, "image.revoked"),
+            ("/v1/image-keys", "", {}, "image-key.created"),
+            ("/v1/image-keys/{key}/revoke", key, {}, "image-key.revoked"),
+            ("/v1/rotations/{kind}/begin", "login-key", {}, "trust.login-key.begin"),
+            ("/v1/rotations/{kind}/abort", "login-key", {}, "trust.login-key.abort"),
+            ("/v1/rotations/{kind}/begin", "host-key", {}, "trust.host-key.begin"),
+            ("/v1/rotations/{kind}/finish", "host-key", {"force": True}, "trust.host-key.finish"),
+            ("/v1/rotations/{kind}/forget", "ca", {}, "trust.ca.forget"),
+            ("/v1/passphrase/set", "", {"new": old}, "passphrase.set"),
+            ("/v1/passphrase/change", "", {"passphrase": old, "new": new}, "passphrase.changed"),
+            ("/v1/issuing-ca/renew", "", {"passphrase": new}, "issuing-ca.renewed"),
+            ("/v1/passphrase/remove", "", {"passphrase": new, "force": True}, "passphrase.removed"),
+            ("/v1/drain", "", None, "controller.drained"),
+        ]
+        paths = ask(controller, "GET", "/v1/openapi.json")["paths"]
+        decided = {path for path, *_ in acts} | AUDITED_ELSEWHERE | NOT_AUDITED
+        assert decided == {path for path, item in paths.items() if "post" in item}
+        newest = operator.audit()[-1].sequence
+        for path in NOT_AUDITED:
+            ask(controller, "POST", path)
+        me = f"(uid {os.geteuid()}, process {os.getpid()})"
+        for path, part, body, action in acts:
+            ask(controller, "POST", re.sub(r"{\w+}", part, path), body)
+            (entry,) = operator.audit(after=newest)
+            assert entry.action == action, path
+            assert me in entry.actor, path
+            newest = entry.sequence
+
+
 def test_no_secret_is_told_anywhere(controller: RunningController) -> None:
     """Private keys stand in their own 0600 files and nowhere else: not in logs, the store, the process list."""
     state = controller.paths.controller_state
@@ -159,12 +240,7 @@ def test_events_can_be_followed(controller: RunningController) -> None:
 
 
 def test_the_openapi_document_keeps_unknown_fields_out(controller: RunningController) -> None:
-    connection = http.client.HTTPConnection("controller")
-    connection.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.sock.connect(str(controller.paths.controller_socket))
-    connection.request("GET", "/v1/openapi.json")
-    document = json.loads(connection.getresponse().read())
-    connection.close()
+    document = ask(controller, "GET", "/v1/openapi.json")
     assert document["openapi"] == "3.1.0"
     assert document["components"]["schemas"]["Reasoned"]["additionalProperties"] is False
 

@@ -667,7 +667,18 @@ def test_the_command_line_reads_passphrases_and_never_as_arguments(tmp_path: Pat
         assert "the passphrase is wrong" in wrong.stderr
         until(lambda: begun(controller, unlock), what="the passphrase is looked at again")
         assert "take a backup now" in controller.command("controller", "rotate-ca", "status").stdout
+        told = controller.command("controller", "rotate-ca", "abort", *unlock, "--reason", "not today").stdout
+        assert "no change is under way" in told
+        assert "backup" not in told
+        assert root_of(controller) == shown["root_fingerprint"]
+        nothing = controller.command("controller", "rotate-ca", "finish", *unlock, check=False)
+        assert nothing.returncode == 2
+        assert "no change" in nothing.stderr
+        told = controller.command("controller", "rotate-ca", "begin", *unlock).stdout
+        assert "the successor is announced" in told
+        assert "nobody" in told
         controller.command("controller", "rotate-ca", "finish", "--passphrase-file", "-", said=WORD + "\n")
+        assert root_of(controller) != shown["root_fingerprint"]
         done = controller.command("controller", "passphrase", "remove", *unlock, check=False)
         assert done.returncode == 2
         assert "--force" in done.stderr

@@ -6,6 +6,7 @@ import asyncio
 import http.client
 import http.server
 import json
+import os
 import shutil
 import ssl
 import threading
@@ -58,7 +59,8 @@ def sink() -> Iterator[Any]:
 
 def test_events_reach_hook_and_webhook_and_a_hanging_hook_delays_no_heartbeat(tmp_path: Path, sink: Any) -> None:
     program = tmp_path / "hook"
-    program.write_text(f"#!/bin/sh\ncat >> {tmp_path}/events\ngrep -q granted {tmp_path}/events && sleep 15\n")
+    told = tmp_path / "events"
+    program.write_text(f"#!/bin/sh\ncat >> {told}\nif grep -q se.state {told}; then sleep 15; fi\n")
     program.chmod(0o755)
     settings = {
         "events_hook": str(program), "events_webhook": f"http://127.0.0.1:{sink.server_port}/in",
@@ -71,13 +73,15 @@ def test_events_reach_hook_and_webhook_and_a_hanging_hook_delays_no_heartbeat(tm
                 se = stand.se(controller.bundle, "se-1")
                 await se.enroll()
                 await se.link()
+                await se.beat()
+                # It is there once the hook runs; from then on the hook hangs.
+                await until_async(lambda: told.exists() and b"se.state" in told.read_bytes(), what="the hook ran")
+                assert b"enroll.granted" in told.read_bytes()
                 for _ in range(20):
                     began = time.monotonic()
                     await se.beat()
                     assert time.monotonic() - began < 7.5  # half of what the hook takes
                 await until_async(lambda: "se.state" in sink.got, what="a change of state is posted")
-                told = tmp_path / "events"  # it is there once the hook runs
-                await until_async(lambda: told.exists() and b"enroll.granted" in told.read_bytes(), what="the hook ran")
 
         asyncio.run(go())
         assert sink.got.index("enroll.granted") < sink.got.index("se.state")
@@ -201,4 +205,7 @@ def test_only_a_true_receipt_of_ones_own_is_taken(tmp_path: Path) -> None:
 
         asyncio.run(go())
         assert operator.verify_audit().intact
+        me = f"(uid {os.geteuid()}, process {os.getpid()})"
+        mine = [entry.action for entry in operator.audit() if me in entry.actor]
+        assert mine == ["se.approved", "recovery.ended", "recovery.begun"]
         until(lambda: operator.recovery().waiting == ["se-2"], what="the late one waits")

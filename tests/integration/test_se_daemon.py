@@ -107,6 +107,7 @@ def test_a_moved_gateway_is_found_by_refresh(ssh: Gateway, door: EnrollDoor, clu
         cluster.ssh, cluster.version = right, 2
         se.until_up()
         assert REFRESH_PATH in door.asked
+        until(lambda: len(ssh.beats) > 2, what="a refresh that was under way is over")
         count = len(door.asked)
         assert se.health().state == "UP"
         until(lambda: len(ssh.beats) > 5, what="it beats")

@@ -434,7 +434,7 @@ def test_a_frozen_gateway_is_noticed(ssh: Gateway, stand: Stand) -> None:
     taken_s = time.monotonic() - begun
     thaw.set()
     assert "silent" in error.message
-    assert taken_s <= ssh.interval_s + 2 * said.DEADLINE_S + 0.5
+    assert taken_s <= ssh.interval_s + 2 * said.DEADLINE_S + 2.0
     assert taken_s >= 2 * said.DEADLINE_S - ssh.interval_s
 
 
@@ -458,7 +458,7 @@ def test_a_frozen_gateway_is_noticed_while_bulk_fills_the_way(ssh: Gateway, stan
     thaw.set()
     pouring.join()
     assert "silent" in error.message
-    assert taken_s <= ssh.interval_s + 2 * said.DEADLINE_S + 1.0
+    assert taken_s <= ssh.interval_s + 2 * said.DEADLINE_S + 2.0
 
 
 def test_a_slow_answer_is_no_death(ssh: Gateway, stand: Stand) -> None:
@@ -484,7 +484,7 @@ def test_a_slow_answer_is_no_death(ssh: Gateway, stand: Stand) -> None:
 
     ssh.answers[said.HEARTBEAT_PATH] = in_order
     until(lambda: len(slow) >= 5, what="it goes on after the slow answer")
-    assert 1.9 < slow[1] - slow[0] < 2.5, "the second ping went out when the first one's deadline was over"
+    assert 1.9 < slow[1] - slow[0] < 4.0, "the second ping went out when the first one's deadline was over"
     assert stand.error is None
 
 

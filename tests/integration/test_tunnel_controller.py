@@ -13,14 +13,15 @@ from types import SimpleNamespace
 
 import asyncssh
 import pytest
-from rig import RunningController, linked, machine, running, twin_of, until, until_async
+from rig import RunningController, linked, machine, refused, running, twin_of, until, until_async
 
 from appliance.errors import EnrollError, UnreachableError
 from appliance.lab.simulated import SharedSshd, SimulatedSe
 from appliance.pki.identity import Identity
 from appliance.protocol import tunnel
 from appliance.protocol.address import REVERSE_PORT, se_address
-from appliance.protocol.tunnel import Confirm, ConfirmAnswer
+from appliance.protocol.jws import encode_part
+from appliance.protocol.tunnel import Confirm, ConfirmAnswer, RotateAnswer, RotateKey
 
 
 def with_link(controller: RunningController, name: str, act: Callable[[SimulatedSe], Awaitable[None]]) -> None:
@@ -141,10 +142,12 @@ def test_other_users_keys_and_methods_are_refused(controller: RunningController)
             se.identity = Identity.create()
             with pytest.raises(UnreachableError, match="Permission denied"):
                 await se.connect()
-            # The image key opens the door to asking, and no other.
-            se.identity = Identity.from_pkcs8(controller.bundle.image_key.encode())
-            with pytest.raises(UnreachableError, match="Permission denied"):
-                await se.connect()
+            # The image key opens the door to asking, and no other; the key that logs in to SEs opens theirs.
+            state = controller.paths.controller_state
+            for others in (controller.bundle.image_key.encode(), (state / "id_se").read_bytes()):
+                se.identity = Identity.from_pkcs8(others)
+                with pytest.raises(UnreachableError, match="Permission denied"):
+                    await se.connect()
             se.identity = stranger
             for method in (
                 {"password": "x"},
@@ -305,6 +308,76 @@ def test_a_restored_snapshot_is_admitted_and_told(controller: RunningController)
     asyncio.run(go())
 
 
+# A change of an SE's own key.
+
+
+def rotation(se: SimulatedSe, new: Identity, *, signed_by: Identity | None = None) -> RotateKey:
+    """What asks for `new` as the SE's key; the proof is `signed_by`'s where that is another."""
+    statement = tunnel.rotation_statement(se.bundle.cluster_id, se.se_id, new.public_line)
+    return RotateKey(se_key=new.public_line, proof=encode_part((signed_by or new).sign(statement)))
+
+
+async def refusal(se: SimulatedSe, wish: RotateKey) -> str:
+    """With which code, and why, a new key is refused."""
+    with pytest.raises(EnrollError) as refused:
+        await se.say(tunnel.ROTATE_PATH, wish, RotateAnswer)
+    return f"{refused.value.code} {refused.value.message}"
+
+
+def test_an_ses_key_changes_when_asked_for_to_one_that_it_alone_has(tmp_path: Path) -> None:
+    """A copy in quarantine changes it to none, and reaches no service either."""
+    served = 0
+
+    def serve(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal served
+        served += 1
+        writer.close()
+
+    async def go() -> None:
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        services = {"own": f"127.0.0.1:{server.sockets[0].getsockname()[1]}"}
+        with running(tmp_path / "root", services=services) as controller:
+            async with machine() as stand:
+                se, other = await linked(stand, controller, "changes"), await linked(stand, controller, "beside")
+                before, new = se.identity.thumbprint, Identity.create()
+                assert (await refusal(se, rotation(se, new))).startswith("TUNNEL-028")
+                controller.operator.rotate_se_key("changes", reason="test")
+                image = Identity.from_pkcs8(controller.bundle.image_key.encode())
+                wrong = {
+                    "by the old key": (rotation(se, new, signed_by=se.identity), "does not verify"),
+                    "for another SE": (rotation(other, new), "does not verify"),
+                    "the image key": (rotation(se, image), "already has another role"),
+                    "another SE's key": (rotation(se, other.identity), "already has another role"),
+                }
+                for what, (wish, why) in wrong.items():
+                    told = await refusal(se, wish)
+                    assert told.startswith("TUNNEL-029"), what
+                    assert why in told, what
+                copy = twin_of(stand, controller, se)
+                assert (await copy.link()).quarantined
+                assert not (await copy.beat()).rotate_key
+                for wish in (rotation(se, new), rotation(se, se.identity), *(wish for wish, _ in wrong.values())):
+                    assert (await refusal(copy, wish)).startswith("TUNNEL-025")
+                with pytest.raises(asyncssh.ChannelOpenError) as refused:
+                    await copy.conn.open_connection("own", tunnel.SERVICE_PORT)
+                assert refused.value.code == asyncssh.OPEN_ADMINISTRATIVELY_PROHIBITED
+                assert served == 0
+                assert controller.operator.se("changes").thumbprint == before
+                # The SE itself does both on the link on which all that was refused.
+                reader, _ = await se.conn.open_connection("own", tunnel.SERVICE_PORT)
+                assert await reader.read() == b""
+                assert served == 1
+                await se.beat()
+                assert controller.operator.se("changes").thumbprint == se.identity.thumbprint != before
+        server.close()
+        await server.wait_closed()
+
+    asyncio.run(go())
+
+
+# What is noticed.
+
+
 def test_a_frozen_peer_is_noticed_within_its_deadline(tmp_path: Path) -> None:
     with running(tmp_path / "root", settings={"heartbeat_interval_s": 1.0}) as controller:
 
@@ -370,14 +443,24 @@ def test_another_local_user_may_not_dial(controller: RunningController) -> None:
             se = await linked(stand, controller, "other-user")
             port = controller.bound["reverse_port"]
             script = f"import socket;s=socket.create_connection(('{se.grant.address}',{port}),5);print(s.recv(64))"
-            # setpriv needs no account: user id 65534 is nobody on every Debian.
-            done = await asyncio.to_thread(
-                subprocess.run,
-                ["setpriv", "--reuid=65534", "--clear-groups", "/usr/bin/python3", "-c", script],
-                capture_output=True, text=True, timeout=20, check=False,
-            )  # fmt: skip
+
+            async def dial(uid: int) -> subprocess.CompletedProcess[str]:
+                # setpriv needs no account: user id 65534 is nobody on every Debian.
+                line = ["setpriv", f"--reuid={uid}", "--clear-groups", "/usr/bin/python3", "-c", script]
+                return await asyncio.to_thread(
+                    subprocess.run, line, capture_output=True, text=True, timeout=20, check=False
+                )
+
+            def turned_away() -> int:
+                return refused(controller.bound["metrics_port"]).get("reverse-uid", 0)
+
+            before = turned_away()
+            assert "SSH-2.0" in (await dial(os.geteuid())).stdout
+            assert turned_away() == before
+            done = await dial(65534)
             assert "SSH-2.0" not in done.stdout + done.stderr
             assert "b''" in done.stdout or "reset" in done.stderr
+            assert turned_away() == before + 1
 
     asyncio.run(go())
 

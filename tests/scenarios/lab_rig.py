@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import pwd
+import re
 import shutil
 import signal
 import socket
@@ -25,7 +26,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
-import pytest
 import rig
 from rig import RunningController, until
 
@@ -64,6 +64,23 @@ def resources(pid: int) -> Resources:
     """Counts descriptors and threads of a process."""
     threads = Path(f"/proc/{pid}/status").read_text().partition("Threads:")[2].split()[0]
     return Resources(sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir()), int(threads))
+
+
+def listening(pid: int) -> set[str]:
+    """Local TCP addresses, in the kernel's own notation, on which a process listens."""
+    inodes = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            target = str(entry.readlink())
+            if target.startswith("socket:["):
+                inodes.add(target[8:-1])
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                found.add(fields[1])
+    return found
 
 
 class Cable:
@@ -374,8 +391,9 @@ class Site:
         return self.ses[-1]
 
     def is_up(self, se: RealSe) -> bool:
-        """Whether both sides call it UP, without a reservation."""
-        return se.state == "UP" and self.controller.state(se.name) == "UP OK"
+        """Whether both sides call it UP, without a reservation, and its log, which comes a moment later, too."""
+        moves = re.findall(r"link to node \d+: \w+ -> (\w+)", se.logged())
+        return se.state == "UP" and self.controller.state(se.name) == "UP OK" and moves[-1:] == ["up"]
 
     def until_up(self, se: RealSe, *, deadline_s: float = 20.0) -> None:
         """Waits until both sides call it UP."""
@@ -405,6 +423,10 @@ class Site:
         """Texts of all events of a kind."""
         return [event.text for event in self.controller.operator.events() if event.kind == kind]
 
+    def told_of_losses(self, se: RealSe) -> str:
+        """What `why` says beside the link that is up: how often others were lost lately, and how the last one was."""
+        return next(link.text for link in self.controller.operator.why(se.name).steps if link.step is Step.LINK)
+
     def samples_without_gap(self, se: RealSe, since: float, *, most_s: float) -> bool:
         """Whether the controller has this SE's samples from `since` until now, none further apart than `most_s`."""
         times = [sample.time for sample in self.controller.operator.telemetry(se.name, since=since)]
@@ -431,52 +453,15 @@ def site(root: Path, **more: Any) -> Iterator[Site]:
         found.close()
 
 
-class SmallDisk:
-    """A file system of its own at `path`, which a test can fill and empty again."""
-
-    def __init__(self, path: Path, *, size_bytes: int) -> None:
-        self.path = path
-        path.mkdir(parents=True)
-        self._filler = path / "filler"
-        subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={size_bytes},mode=0700", "tmpfs", str(path)], check=True, timeout=20
-        )
-
-    def fill(self, *, leave_bytes: int = 0) -> None:
-        """Leaves so much free, to the page."""
-        free = os.statvfs(self.path)
-        with self._filler.open("ab") as file, contextlib.suppress(OSError):
-            for _ in range((free.f_bavail * free.f_frsize - leave_bytes) // 4096):
-                file.write(bytes(4096))
-
-    def empty(self) -> None:
-        """There is room again."""
-        self._filler.unlink(missing_ok=True)
-
-    def close(self) -> None:
-        """Takes it away."""
-        subprocess.run(["umount", "-l", str(self.path)], check=True, timeout=20)
-
-
-needs_mount = pytest.mark.skipif(os.geteuid() != 0, reason="a small file system of its own needs root")
-
-
-@contextlib.contextmanager
-def small_disk(path: Path, *, size_bytes: int) -> Iterator[SmallDisk]:
-    """A mounted small disk."""
-    disk = SmallDisk(path, size_bytes=size_bytes)
-    try:
-        yield disk
-    finally:
-        disk.close()
-
-
 @contextlib.contextmanager
 def no_leak(pid: Callable[[], int]) -> Iterator[None]:
-    """The process holds no more descriptors and threads afterwards than before, once it has come to rest."""
-    before = resources(pid())
+    """The process holds no more descriptors, threads and listening addresses afterwards than before, once at rest."""
+    before, addresses = resources(pid()), listening(pid())
     yield
     end = time.monotonic() + 10.0
-    while any(after > earlier for after, earlier in zip(resources(pid()), before, strict=True)):
-        assert time.monotonic() < end, f"process {pid()} keeps {resources(pid())}, it had {before}"
+    while any(after > earlier for after, earlier in zip(resources(pid()), before, strict=True)) or (
+        listening(pid()) - addresses
+    ):
+        held = f"{resources(pid())}, {listening(pid())}"
+        assert time.monotonic() < end, f"process {pid()} keeps {held}, it had {before}, {addresses}"
         time.sleep(0.05)

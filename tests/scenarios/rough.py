@@ -2,7 +2,8 @@
 
 `RoughCable` delays, jitters, stalls and forgets; `Skewed` lets a process see another wall clock, `older` an older
 protocol; `judged` demands that a fault leaves nothing behind: no descriptor, thread or listening address more than
-before, nothing acknowledged lost, nothing enrolled twice, no alarm, and an SE that both sides call UP in time.
+before, nothing acknowledged lost, nothing enrolled twice, no alarm, an SE that both sides call UP in time, and a
+controller that tells afterwards how the link was lost.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import contextlib
 import mmap
 import random
+import re
 import resource
 import struct
 import time
@@ -18,8 +20,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from lab_rig import Cable, RealSe, Resources, Site, resources
+from lab_rig import Cable, RealSe, Resources, Site, listening, resources
 from rig import until
+from traffic import Traffic
 
 NOTHING = Resources(0, 0)
 REST_S = 20.0
@@ -108,23 +111,6 @@ class RoughCable(Cable):
 # --- what a process holds ----------------------------------------------------------------------------------------
 
 
-def listening(pid: int) -> set[str]:
-    """Local TCP addresses, in the kernel's own notation, on which a process listens."""
-    inodes = set()
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):
-            target = str(entry.readlink())
-            if target.startswith("socket:["):
-                inodes.add(target[8:-1])
-    found = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and fields[9] in inodes:
-                found.add(fields[1])
-    return found
-
-
 def resident_bytes(pid: int) -> int:
     """Resident memory of a process."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
@@ -165,6 +151,8 @@ def judged(
     alarms: int = 0,
     restarts: bool = False,
     room: Resources = NOTHING,
+    lost: str = "",
+    traffic: Traffic | None = None,
 ) -> Iterator[float]:
     """A fault happens and ends inside; afterwards all must be as before. Yields the wall time at the beginning.
 
@@ -176,11 +164,17 @@ def judged(
         alarms: how many are right.
         restarts: a process was started anew meanwhile, so that its descriptors may differ by a few.
         room: what else is no leak: a pool of threads that has grown, an SE more.
+        lost: a pattern of what `why` must tell of the last link, now that another one is up.
+        traffic: must get across before and afterwards, unchanged.
     """
+    if traffic is not None:
+        traffic.flows()
     since, others, key = time.time(), at.uses() - len(at.ses), se.stored("identity.json")["key"]
     before = {"controller": Held.by(controller_pid(at)), se.name: Held.by(se.pid)}
     yield since
     at.until_up(se, deadline_s=back_s)
+    if traffic is not None:
+        traffic.flows()
     until(
         lambda: at.samples_without_gap(se, since, most_s=samples_apart_s),
         what=f"all telemetry arrives, none further apart than {samples_apart_s} s", deadline_s=REST_S,
@@ -195,7 +189,9 @@ def judged(
     verdict = at.controller.operator.why(se.name).verdict
     assert verdict == "all steps happened" or verdict.endswith("(FLAPPING)")
     assert se.why().verdict == "all steps happened"
-    assert each_once(at, se, since)
+    if lost:
+        told = at.told_of_losses(se)
+        assert re.search(f"its link was lost .*: (?:{lost})", told), told
 
 
 def _at_rest(name: str, pid: Callable[[], int], before: Held, room: Resources, *, same: bool) -> None:
@@ -213,12 +209,6 @@ def _at_rest(name: str, pid: Callable[[], int], before: Held, room: Resources, *
         until(is_at_rest, what="rest", deadline_s=REST_S)
     except AssertionError:
         raise AssertionError(f"{name} keeps {Held.by(pid())}, it had {before}") from None
-
-
-def each_once(at: Site, se: RealSe, since: float) -> bool:
-    """Whether no sample was delivered twice."""
-    times = [sample.time for sample in at.controller.operator.telemetry(se.name, since=since)]
-    return len(times) == len(set(times))
 
 
 @contextlib.contextmanager

@@ -13,20 +13,19 @@ import contextlib
 import json
 import random
 import signal
-import socket
 import statistics
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from lab_rig import RealSe, Site
-from rig import free_ports, until
+from rig import until
 from rough import Held, OtherClock, RoughCable, few_descriptors, resident_bytes
+from traffic import ECHO, Traffic, echo_service, forwarded
 
 BACK_S = 60.0
 """Within which all must be UP after any fault; the back-off of this lab ends at 1 s."""
@@ -35,7 +34,6 @@ REST_S = 15.0
 GROWTH_BYTES = 12 << 20
 """More than this within one life of a process is told as a leak: allocators keep some of what a fault needed."""
 BREAKS_ALL_LINKS = frozenset({"reset", "NAT forgets"})
-CHUNK = bytes(range(256)) * 64
 
 
 class Life(msgspec.Struct, kw_only=True):
@@ -74,74 +72,13 @@ class Result(msgspec.Struct, kw_only=True):
     problems: list[str]
 
 
-class Traffic:
-    """One local program of an SE: sends chunks through its SE's forward to an echo service, and compares."""
-
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._ends = threading.Event()
-        self.bytes = 0
-        self.corrupt = 0
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while not self._ends.wait(0.05):
-            # A fault breaks connections: that is its nature. What may never happen is another byte than was sent.
-            with (
-                contextlib.suppress(OSError),
-                socket.create_connection(("127.0.0.1", self._port), timeout=2) as sock,
-            ):
-                while not self._ends.wait(0.2):
-                    sock.sendall(CHUNK)
-                    came = bytearray()
-                    while len(came) < len(CHUNK):
-                        if not (piece := sock.recv(65536)):
-                            raise ConnectionResetError
-                        came += piece
-                    self.bytes += len(came)
-                    self.corrupt += came != CHUNK
-
-    def close(self) -> None:
-        """Ends it."""
-        self._ends.set()
-        self._thread.join(10)
-
-
-@contextlib.contextmanager
-def echo_service() -> Iterator[int]:
-    """A TCP echo service; yields its port."""
-    server = socket.create_server(("127.0.0.1", 0))
-
-    def serve(sock: socket.socket) -> None:
-        with contextlib.suppress(OSError), sock:
-            sock.settimeout(60)
-            while piece := sock.recv(65536):
-                sock.sendall(piece)
-
-    def accept() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                threading.Thread(target=serve, args=(server.accept()[0],), daemon=True).start()
-
-    thread = threading.Thread(target=accept, daemon=True)
-    thread.start()
-    try:
-        yield server.getsockname()[1]
-    finally:
-        with contextlib.suppress(OSError):
-            server.shutdown(socket.SHUT_RDWR)
-        server.close()
-        thread.join(10)
-
-
 class Soak:
     """One run."""
 
     def __init__(self, root: Path, *, seed: int, ses: int, echo: int) -> None:
         self.random = random.Random(seed)
         self.clocks = {name: OtherClock(root / name) for name in ("controller", *(f"se-{i + 1}" for i in range(ses)))}
-        self.at = Site(root / "s", cable=RoughCable, services={"echo": f"127.0.0.1:{echo}"})
+        self.at = Site(root / "s", cable=RoughCable, services={ECHO: f"127.0.0.1:{echo}"})
         assert isinstance(self.at.ssh, RoughCable)
         self.cable = self.at.ssh
         self.cable.random = self.random
@@ -157,9 +94,7 @@ class Soak:
     def begin(self) -> None:
         """All SEs up, each with its traffic."""
         for se in self.ses:
-            (port,) = free_ports(1)
-            with se.paths.settings_file.open("a") as file:
-                file.write(f'[se.forwards]\necho = "127.0.0.1:{port}"\n')
+            port = forwarded(se)
             se.start(wrap=self.clocks[se.name].wrap)
             self.traffic.append(Traffic(port))
         self.until_up()

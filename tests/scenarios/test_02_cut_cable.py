@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -41,19 +42,21 @@ def controller_pid(at: Site) -> int:
     return at.controller.process.pid
 
 
+SILENT = "the controller is silent"
+UNHEARD = r"stopped at link: nothing heard for [\d.]+ s, and a ping went unanswered \(HEARTBEAT_MISSED\)"
 BLACK_HOLES = {
-    # what is cut: what the SE says, and what the controller says
-    "both ways": ("the controller is silent", {"DOWN HEARTBEAT_MISSED"}),
+    # what is cut: what the SE says, what the controller says, and its verdict
+    "both ways": (SILENT, {"DOWN HEARTBEAT_MISSED"}, UNHEARD),
     # Whoever notices hangs up, and that gets across where the other way is open.
-    "towards the controller": ("", {"DOWN HEARTBEAT_MISSED"}),
-    "towards the SE": ("the controller is silent", {"DOWN CLOSED_BY_SE", "DOWN LINK_LOST"}),
+    "towards the controller": (f"{SILENT}|the link ended", {"DOWN HEARTBEAT_MISSED"}, UNHEARD),
+    "towards the SE": (SILENT, {"DOWN LINK_LOST"}, "stopped at link: the connection broke"),
 }
 
 
 @pytest.mark.parametrize("hole", BLACK_HOLES)
 def test_a_black_hole_is_noticed_by_both_sides_and_nothing_is_lost(place: tuple[Site, RealSe], hole: str) -> None:
     at, se = place
-    said_by_se, states = BLACK_HOLES[hole]
+    said_by_se, states, verdict = BLACK_HOLES[hole]
     since, key = time.time(), se.stored("identity.json")["key"]
     with no_leak(lambda: controller_pid(at)), no_leak(lambda: se.pid):
         at.ssh.cut(up=hole != "towards the SE", down=hole != "towards the controller")
@@ -62,8 +65,11 @@ def test_a_black_hole_is_noticed_by_both_sides_and_nothing_is_lost(place: tuple[
             lambda: all(by() for by in noticed.values()), what=f"both notice, the controller as {states}",
             deadline_s=NOTICE_S + SLACK_S,
         )  # fmt: skip
-        assert said_by_se in until(lambda: se.failed(Step.LINK), what="the SE says why")
-        assert at.controller.operator.why("se-1").verdict.startswith("stopped at link: ")
+        told = until(lambda: se.failed(Step.LINK), what="the SE says why")
+        assert re.search(said_by_se, told), told
+        assert re.search(said_by_se, se.why().verdict)
+        told = at.controller.operator.why("se-1").verdict
+        assert re.match(verdict, told), told
         at.ssh.mend()
         at.until_up(se, deadline_s=5.0)
         until(lambda: at.samples_without_gap(se, since, most_s=SAMPLES_APART_S), what="all telemetry arrives")
@@ -93,6 +99,7 @@ def test_a_reset_is_told_at_once_and_redialled(place: tuple[Site, RealSe]) -> No
             at.ssh.reset()
             until(lambda n=links: se.logged().count("linked -> up") > n, what="the SE redials", deadline_s=5.0)
             at.until_up(se, deadline_s=5.0)
+            assert re.search("its link was lost .*: the connection broke", at.told_of_losses(se))
     changes = [text for text in at.events("se.state") if "DOWN (LINK_LOST)" in text]
     assert len(changes) >= 5
     at.ssh.unplug()
@@ -122,6 +129,8 @@ def test_a_link_that_takes_tcp_and_never_speaks(place: tuple[Site, RealSe]) -> N
             what="the SE gives the silent connection up", deadline_s=25.0,
         )  # fmt: skip
         assert "(TUNNEL-039)" in told
+        assert "no log-in within" in se.why().verdict
+        assert at.controller.operator.why("se-1").verdict.startswith("stopped at link: the connection broke")
         assert resources(se.pid).descriptors <= began + 2
         at.ssh.mend()
         at.until_up(se, deadline_s=25.0)

@@ -116,25 +116,28 @@ def test_a_copied_state_directory_is_a_clone_and_the_first_stays_up(
         until(lambda: se.logged().count("linked -> up") > links, what="the SE is linked anew", deadline_s=5.0)
     at.until_up(se)
     links = se.logged().count("linked -> up")
-    copy.start()
-    until(lambda: copy.failed(Step.HELLO), what="the copy is told", deadline_s=10.0)
-    assert "quarantine" in copy.why().verdict
-    assert copy.state == "DOWN"
-    # The first one stays up, with the alarm; both are named.
-    at.until_state(se, "UP CLONE")
-    detail = at.controller.operator.se("se-1")
-    assert len(detail.alarms) == 1
-    assert "in quarantine" in detail.alarms[0]
-    assert "se-1" in at.events("se.clone")[-1]
-    assert at.events("se.clone")[-1].count("127.0.0.1") == 2, "where both came from"
-    shown = at.controller.command("why", "se-1", check=False)
-    assert "CLONE" in shown.stdout
-    assert "in quarantine" in shown.stdout
-    assert any("se-1" in problem for problem in at.controller.operator.status().problems)
-    assert se.state == "UP"
-    assert se.logged().count("linked -> up") == links
-    copy.stop()
-    at.until_state(se, "UP OK")
+    process = at.controller.process
+    assert process is not None
+    with no_leak(lambda: se.pid), no_leak(lambda: process.pid):
+        copy.start()
+        until(lambda: copy.failed(Step.HELLO), what="the copy is told", deadline_s=10.0)
+        assert "quarantine" in copy.why().verdict
+        assert copy.state == "DOWN"
+        # The first one stays up, with the alarm; both are named.
+        at.until_state(se, "UP CLONE")
+        detail = at.controller.operator.se("se-1")
+        assert len(detail.alarms) == 1
+        assert "in quarantine" in detail.alarms[0]
+        assert "se-1" in at.events("se.clone")[-1]
+        assert at.events("se.clone")[-1].count("127.0.0.1") == 2, "where both came from"
+        shown = at.controller.command("why", "se-1", check=False)
+        assert "CLONE" in shown.stdout
+        assert "in quarantine" in shown.stdout
+        assert any("se-1" in problem for problem in at.controller.operator.status().problems)
+        assert se.state == "UP"
+        assert se.logged().count("linked -> up") == links
+        copy.stop()
+        at.until_state(se, "UP OK")
     assert "se.clone" in [entry.action for entry in at.controller.operator.audit()]
 
 

@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from lab_rig import NOTICE_S, SLACK_S, RealSe, Site, SmallDisk, needs_mount, no_leak, site, small_disk
+from disks import SmallDisk, needs_mount, small_disk
+from lab_rig import NOTICE_S, SLACK_S, RealSe, Site, no_leak, site
 from rig import until
 
 from appliance.errors import ApplianceError
@@ -46,6 +47,7 @@ def se(place: tuple[Site, SmallDisk], request: pytest.FixtureRequest) -> Iterato
         made.end()
         controller_disk.empty()
         at.enroll.mend()
+        at.ssh.mend()
 
 
 def test_the_ses_disk_is_full_when_the_grant_comes(place: tuple[Site, SmallDisk], se: tuple[RealSe, SmallDisk]) -> None:
@@ -90,11 +92,33 @@ def test_the_ses_disk_is_full_when_a_ticket_comes(place: tuple[Site, SmallDisk],
         at.ssh.reset()
         told = until(lambda: "tickets.json" in (text := engine.failed(Step.LINK)) and text, what="the SE says why")
         assert "No space left on device" in told
+        until(lambda: "No space left on device" in engine.why().verdict, what="its console tells")
         assert engine.stored("tickets.json") == tickets
         disk.empty()
         at.until_up(engine, deadline_s=5.0)
     assert engine.stored("tickets.json") != tickets
     assert at.controller.operator.se(engine.name).alarms == []
+
+
+def test_the_ses_disk_is_full_while_nobody_takes_its_telemetry(
+    place: tuple[Site, SmallDisk], se: tuple[RealSe, SmallDisk]
+) -> None:
+    """What is measured waits in memory, then in the spool, then arrives: all of it, once there is room and a link."""
+    at, _ = place
+    engine, disk = se
+    engine.start()
+    at.until_up(engine)
+    since = time.time()
+    with no_leak(lambda: engine.pid):
+        at.ssh.cut()
+        until(lambda: engine.state == "DOWN", what="the SE notices", deadline_s=NOTICE_S + SLACK_S)
+        disk.fill()
+        until(lambda: "No space left on device" in engine.logged(), what="a sample finds no room")
+        assert "the controller is silent" in engine.why().verdict
+        disk.empty()
+        at.ssh.mend()
+        at.until_up(engine, deadline_s=15.0)
+        until(lambda: at.samples_without_gap(engine, since, most_s=2.0), what="all telemetry arrives")
 
 
 def enroll_answer(at: Site) -> str:
@@ -127,6 +151,7 @@ def test_the_controllers_disk_is_nearly_full(place: tuple[Site, SmallDisk], se: 
     told = until(lambda: late.failed(Step.GRANT), what="the new SE is told")
     assert "(ENROLL-023)" in told
     assert "disk" in told
+    assert "(ENROLL-023)" in late.why().verdict
     assert at.is_up(engine)
     links = engine.logged().count("linked -> up")
     at.ssh.reset()
@@ -176,6 +201,7 @@ def test_the_controllers_disk_is_full_to_the_last_byte(
         told = until(lambda: "not admitted" in (text := at.controller.operator.why(engine.name).verdict) and text,
             what="the controller's half names the store", deadline_s=5.0)  # fmt: skip
         assert told.startswith("stopped at link: not admitted: the store ")
+        assert "full" in told
         disk.empty()
         at.until_up(engine, deadline_s=10.0)
     verdict = at.controller.operator.verify_audit()

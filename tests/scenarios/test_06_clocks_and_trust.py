@@ -1,9 +1,12 @@
-"""06: clocks that are wrong by decades, and controllers that aren't the right ones: UP, or exactly why not."""
+"""06: clocks that are wrong by decades, and controllers that aren't the right ones: UP, or exactly why not; and what
+ends soon is told before."""
 
 from __future__ import annotations
 
+import re
 import signal
 import time
+import urllib.request
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,8 +14,10 @@ from pathlib import Path
 import pytest
 from lab_rig import RealSe, Site, site
 from rig import RunningController, until
+from rough import OtherClock
 
 from appliance.pki.authority import Authority
+from appliance.protocol.operator import ImageKeyTermsWish
 from appliance.protocol.why import Step, StepResult
 
 DAY_S = 86400.0
@@ -157,3 +162,59 @@ def test_an_expired_node_certificate(tmp_path_factory: pytest.TempPathFactory) -
         until(lambda: "the node certificate was renewed" in at.controller.log.read_text(), what="it is renewed")
         at.until_up(knowing)
         at.until_state(guessing, "DEGRADED CLOCK_SKEW")
+
+
+def gauges(controller: RunningController) -> dict[str, int]:
+    """When what ends, as the controller's metrics tell."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{controller.bound['metrics_port']}/metrics", timeout=20) as answer:
+        text = answer.read().decode()
+    found = re.findall(r'^appliance_expiry_timestamp_seconds\{what="([^"]+)"\} (\d+)$', text, re.MULTILINE)
+    return {what: int(ends) for what, ends in found}
+
+
+def test_what_ends_soon_is_told_30_7_and_2_days_before(tmp_path: Path) -> None:
+    """On one controller that runs on while time passes. An image key of a month isn't warned of in its first half."""
+    clock, controller = OtherClock(tmp_path / "clock"), RunningController(tmp_path / "root")
+    operator = controller.operator
+    try:
+        controller.start(wrap=clock.wrap)
+        end = operator.controller().root_expires_at
+
+        def left(days: int) -> None:
+            """The root CA has so many days left, and the controller looks."""
+            clock.jump(end - days * DAY_S - time.time())
+            controller.signal(signal.SIGHUP)
+
+        def image_key(days: int) -> str:
+            made = operator.create_image_key(ImageKeyTermsWish(expires_in_s=days * int(DAY_S)))
+            return f"image key {made.key.image_key_id}"
+
+        def told(kind: str) -> list[str]:
+            return [event.text for event in operator.events() if event.kind == kind]
+
+        left(61)
+        until(lambda: told("node.renewed"), what="a node certificate that ends with the root CA")
+        advice = {
+            "root CA": "`appliance controller rotate-ca begin` replaces it",
+            "node certificate": "it ends with the root CA",
+            image_key(61): "`appliance image-key create` makes another",
+        }
+        left(31)
+        month = image_key(31)
+        assert not [text for text in operator.status().problems if "expire" in text]
+        said: list[str] = []
+        for days, text in ((29, "29 days"), (6, "6 days"), (1, "1 day")):
+            if days == 6:
+                advice[month] = "`appliance image-key create` makes another"
+            left(days)
+            sentences = [f"the {what} expires in {text}: {what_to_do}" for what, what_to_do in advice.items()]
+            said += sentences
+            until(lambda: len(told("trust.expires")) >= len(said), what=f"events at {text}")
+            assert told("trust.expires") == said
+            assert [text for text in operator.status().problems if "expire" in text] == sentences
+            ends = gauges(controller)
+            assert set(ends) == {*advice, month}
+            assert all(abs(at - end) < 60 for at in ends.values())
+    finally:
+        controller.end()
+        clock.close()

@@ -1,9 +1,13 @@
-"""08: an SE changes its own key, with power cuts on both sides of the controller's answer; a quarantine ends."""
+"""08: an SE changes its own key, with power cuts on both sides of the controller's answer; the key that logs in to it
+is changed; a quarantine ends."""
 
 from __future__ import annotations
 
 import asyncio
+import shutil
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -94,6 +98,42 @@ def test_a_request_that_never_left_changes_nothing(place: tuple[Site, RealSe]) -
     assert known(at) == thumbprint(current)
     at.controller.command("se", "rotate-key", "se-1")
     until(lambda: known(at) == thumbprint(waiting), what="the key that was waiting is used")
+
+
+def logged_in(at: Site, se: RealSe, key: Path) -> subprocess.CompletedProcess[str]:
+    """Runs `echo` on the SE over the reverse path, with stock ssh and that key alone."""
+    options = [
+        "UserKnownHostsFile=/dev/null", "GlobalKnownHostsFile=/dev/null", "StrictHostKeyChecking=no",
+        "BatchMode=yes", "IdentitiesOnly=yes", "IdentityAgent=none",
+    ]  # fmt: skip
+    line = [
+        "ssh", "-F", "none", "-i", str(key), "-p", str(at.controller.bound["reverse_port"]),
+        *(word for option in options for word in ("-o", option)),
+        f"{se.user}@{at.controller.operator.se(se.name).summary.address}", "echo", "reached",
+    ]  # fmt: skip
+    return subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_log_in_key_that_was_replaced_opens_no_ses_sshd(place: tuple[Site, RealSe], tmp_path: Path) -> None:
+    """Its successor gets in from the change on, and a copy of the file of before no more, once the SE has heard."""
+    at, se = place
+    operator = at.controller.operator
+    current, former = at.controller.paths.controller_state / "id_se", tmp_path / "id_se"
+    shutil.copy(current, former)
+    assert logged_in(at, se, former).stdout == "reached\n"
+    operator.rotate("login-key", "begin")
+    until(
+        lambda: not next(view.waiting for view in operator.rotations() if view.kind == "login-key"),
+        what="the SE knows the next key",
+    )
+    assert operator.rotate("login-key", "finish").phase == "none"
+    done = logged_in(at, se, current)
+    assert (done.returncode, done.stdout) == (0, "reached\n"), done.stderr
+    done = until(lambda: (tried := logged_in(at, se, former)).returncode and tried, what="the former key is refused")
+    assert (done.returncode, done.stdout) == (255, "")
+    assert "Permission denied (publickey)" in done.stderr
+    assert logged_in(at, se, current).stdout == "reached\n"
+    at.until_up(se)
 
 
 def test_only_an_enrolled_se_has_a_key_to_change(place: tuple[Site, RealSe]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from pathlib import Path
 
 from rig import running, until
@@ -22,8 +23,11 @@ def test_no_heartbeat_is_lost_while_everything_changes_under_a_hundred_links(tmp
         def up() -> bool:
             return operator.status().states == {"UP": SES}
 
-        def change_everything(fleet: Fleet) -> None:
-            until(up, what="all are UP", deadline_s=60)
+        def change_everything(fleet: Fleet) -> float:
+            """Tells how long it took."""
+            # What is lost before is forgotten when the measured time begins.
+            until(lambda: fleet.is_measuring and up(), what="all are UP, and losses are counted", deadline_s=60)
+            began = time.monotonic()
             controller.signal(signal.SIGHUP)
             assert operator.set_passphrase(WORD, reason="test").root_is_locked
             issuing = operator.controller().issuing_fingerprint
@@ -45,6 +49,7 @@ def test_no_heartbeat_is_lost_while_everything_changes_under_a_hundred_links(tmp
                     lambda se_id=se_id, before=before: operator.se(se_id).last_heartbeat_at > before, what="a heartbeat"
                 )
             assert up()
+            return time.monotonic() - began
 
         def waiting(kind: str) -> list[str]:
             return next(view.waiting for view in operator.rotations() if view.kind == kind)
@@ -53,11 +58,12 @@ def test_no_heartbeat_is_lost_while_everything_changes_under_a_hundred_links(tmp
             fleet = Fleet(controller.bundle, ses=SES, prefix="s", say=lambda _text: None)
             running_fleet = asyncio.create_task(fleet.run(0))
             try:
-                await asyncio.to_thread(change_everything, fleet)
+                took_s = await asyncio.to_thread(change_everything, fleet)
             finally:
                 fleet.stop()
                 report = await running_fleet
             assert (report.enrolled, report.linked) == (SES, SES)
+            assert report.measured_s >= took_s, "all of it was measured"
             assert (report.lost_heartbeats, report.reconnects) == (0, 0)
 
         asyncio.run(go())

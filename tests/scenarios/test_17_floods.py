@@ -46,7 +46,9 @@ class FleetRun:
             sys.executable, "-m", "appliance", "lab", "fleet", "--ses", str(ses), "--bundle", str(bundle),
             "--seconds", "0", "--prefix", prefix, "--json",
         ]  # fmt: skip
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self._log = folder / f"{prefix}.log"
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
 
     def up(self) -> int:
         """How many of it the controller calls UP."""
@@ -54,8 +56,9 @@ class FleetRun:
         return sum(1 for se in ses if se.name.startswith(self._prefix) and se.state.value == "UP")
 
     def until_up(self) -> None:
-        """Waits until all are."""
+        """Waits until all are, and what they lose is counted."""
         until(lambda: self.up() == self.ses, what="the fleet is UP", deadline_s=180.0)
+        until(lambda: "measuring" in self._log.read_text(), what="the measured time begins", deadline_s=60.0)
 
     def report(self) -> FleetReport:
         """Ends it."""
@@ -65,8 +68,8 @@ class FleetRun:
 
     def close(self) -> None:
         """Makes sure that nothing stays."""
-        if self._process.poll() is None:
-            self._process.kill()
+        self._process.kill()
+        if self._process.stdout is not None and not self._process.stdout.closed:
             self._process.communicate(timeout=20)
 
 
@@ -88,7 +91,7 @@ def run_flood(
     target = Target(controller.bundle, controller.enroll_port, controller.ssh_port, controller.operator)
     with fleet(controller, folder, ses=ses, prefix=f"{flood.name}-{count}-") as flooded:
         from_outside(flood.work(target, count, time.monotonic() + seconds))
-        assert flooded.up() == ses, "all of the fleet are UP"
+        until(lambda: flooded.up() == ses, what="all of the fleet are UP")
         report = flooded.report()
     assert report.lost_heartbeats == 0
     assert report.reconnects == 0

@@ -201,8 +201,8 @@ def test_a_service_that_stops_reading_costs_the_controller_a_window(fast: Place)
                 poured += sock.send(bytes(65536))
         assert poured < 512 * MIB, "whoever sends has to wait"
         assert resident_bytes(controller_pid(fast.at)) - before < 2 * WINDOWS_BYTES
-        fast.service.reads.set()
         taken = fast.service.taken
+        fast.service.reads.set()
         until(lambda: fast.service.taken - taken >= poured, what="all of it arrives")
         time.sleep(SECONDS / 2)  # heartbeats are counted
 

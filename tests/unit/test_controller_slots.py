@@ -8,6 +8,7 @@ import pytest
 
 from appliance.controller.slots import (
     BURST,
+    COMING_UP_S,
     FEW,
     FIRST_RATE_PER_S,
     HASTE,
@@ -44,6 +45,23 @@ def test_while_the_loop_is_on_time_more_are_let_in_a_burst_a_tick() -> None:
     assert [enter(slots) for _ in range(BURST + 1)] == [True] * BURST + [False]
     slots.tick(0.0, 0)
     assert enter(slots)
+
+
+def test_no_more_log_in_than_come_up_in_time() -> None:
+    """A store that is slow, or SEs that are, show in no late loop. Strangers don't count: they'd keep SEs out."""
+    slots = Slots()
+    for _ in range(int(FIRST_RATE_PER_S * COMING_UP_S)):
+        slots.enter()
+        slots.logged_in()
+    slots.tick(0.0, 0)
+    assert not enter(slots)
+    slots.leave(logged_in=True)
+    assert enter(slots)
+    strangers = Slots()
+    for _ in range(10_000):
+        strangers.enter()
+    strangers.tick(0.0, 0)
+    assert enter(strangers)
 
 
 def test_slots_are_one_after_the_other_and_in_sight() -> None:

@@ -238,6 +238,7 @@ class Peer(asyncssh.SSHServer):
         self._se_id = ""
         self._thumbprint = ""
         self._link: Link | None = None
+        self._was_refused = False
         self._has_slot = True
 
     def _leave_slot(self) -> None:
@@ -294,6 +295,7 @@ class Peer(asyncssh.SSHServer):
         return True
 
     def _refused_login(self, text: str, se_id: str = "") -> None:
+        self._was_refused = True
         self._gateway.refusals["login"] += 1
         self._gateway.attempts.note(
             self._source, Step.LINK, StepResult.FAILED, at=self._gateway.wall(), se_id=se_id, code="TUNNEL-010",
@@ -352,7 +354,8 @@ class Peer(asyncssh.SSHServer):
                 link.lost_reason = Reason.LINK_LOST if exc else Reason.CLOSED_BY_SE
                 link.lost_text = f"the connection broke: {exc}"[:MAX_REASON_CHARS] if exc else "the SE closed the link"
             self._gateway.on_lost(link)
-        elif exc is not None and self._counted is False and not self._se_id:
+        elif exc is not None and self._counted is False and not self._se_id and not self._was_refused:
+            # Where a log-in was refused, that says more than how its peer took it.
             self._gateway.attempts.note(
                 self._source, Step.LINK, StepResult.FAILED, at=self._gateway.wall(), code="TUNNEL-011",
                 text=f"the SSH connection ended before log-in: {exc}", hint="check what speaks to the SSH port",

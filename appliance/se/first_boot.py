@@ -23,7 +23,7 @@ from appliance.pki.trust import verify_receipt, verify_trust
 from appliance.protocol import enroll as said
 from appliance.protocol import strict_json, tunnel
 from appliance.protocol import token as tokens
-from appliance.protocol.address import se_address
+from appliance.protocol.address import se_number
 from appliance.protocol.enroll import Claim, EnrollRequest, Grant, NonceAnswer, Pending, RefreshRequest, Refusals
 from appliance.protocol.problem import Problem
 from appliance.protocol.seed import Hints
@@ -422,7 +422,7 @@ class Enrollment:
                 f"grant for SE {grant.se_id!r} of cluster {grant.cluster_id!r}, "
                 f"expected {record.se_id!r} of {current.cluster_id!r}"
             )
-        if grant.address != se_address(grant.number):
+        if se_number(grant.address) != grant.number:
             raise TrustError(f"grant with address {grant.address!r} for SE number {grant.number}")
         document = verify_trust(grant.trust, anchors=current.roots, current=current)
         roots = list(dict.fromkeys([*current.roots, *document.roots]))

@@ -345,8 +345,9 @@ def run_https_answer(raw: bytes) -> bool:
         there._http = http.client.HTTPConnection("controller")
         there._http.auto_open = 0
         there._http.sock = there._timed  # type: ignore[assignment]
-        with contextlib.closing(there._http), contextlib.suppress(
-            UnreachableError, MalformedError, TrustError, EnrollError
+        with (
+            contextlib.closing(there._http),
+            contextlib.suppress(UnreachableError, MalformedError, TrustError, EnrollError),
         ):
             ask(there)
             read = True

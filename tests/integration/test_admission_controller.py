@@ -260,7 +260,7 @@ def test_an_se_that_asked_before_its_image_key_ended_may_be_approved_after_that(
                 assert isinstance(await se.ask_in(), Grant)
                 await se.link()
                 await se.beat()
-                await until_async(lambda: controller.state(se.name) == "UP OK", what="UP")
+                assert controller.operator.se(se.name).status == "enrolled"
                 assert await refusal(late.ask_in()) == "ENROLL-008", "it was let in for itself, and nobody beside it"
                 assert uses(controller, se.bundle) == 1
 

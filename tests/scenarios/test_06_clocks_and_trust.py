@@ -209,7 +209,7 @@ def test_what_ends_soon_is_told_30_7_and_2_days_before(tmp_path: Path) -> None:
             left(days)
             sentences = [f"the {what} expires in {text}: {what_to_do}" for what, what_to_do in advice.items()]
             said += sentences
-            until(lambda: len(told("trust.expires")) >= len(said), what=f"events at {text}")
+            until(lambda last=sentences[-1]: last in told("trust.expires"), what=f"events at {text}")
             assert told("trust.expires") == said
             assert [text for text in operator.status().problems if "expire" in text] == sentences
             ends = gauges(controller)

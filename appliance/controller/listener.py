@@ -15,7 +15,7 @@ import logging
 import socket
 import ssl
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -38,6 +38,9 @@ _TOO_LARGE = (413, b"Content Too Large")
 _HEADERS_TOO_LARGE = (431, b"Request Header Fields Too Large")
 MIN_HANDSHAKE_S = 0.01
 """Left of the time for a handshake to one that spoke in its last moment."""
+HANDSHAKES_A_TURN = 2
+"""That begin in one turn of the loop: each takes a millisecond, and hundreds of clients that are turned away come back
+in one wave, for all of which a heartbeat would wait."""
 MIN_REST_S = 1.0
 """How long a connection rests between two requests before it may have to make room."""
 _CHUNKED_FACTOR = 2
@@ -236,6 +239,30 @@ async def _until_readable(connection: socket.socket, *, timeout_s: float) -> Non
         loop.remove_reader(connection)
 
 
+class Turns:
+    """Lets so many begin what takes a while, in one turn of the loop; others follow in the order of their coming."""
+
+    def __init__(self, a_turn: int) -> None:
+        self._a_turn = a_turn
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def mine(self) -> None:
+        """Waits for one's turn."""
+        loop = asyncio.get_running_loop()
+        if not self._waiting:
+            loop.call_soon(self._next)
+        self._waiting.append(loop.create_future())
+        await self._waiting[-1]
+
+    def _next(self) -> None:
+        for _ in range(min(self._a_turn, len(self._waiting))):
+            turn = self._waiting.popleft()
+            if not turn.done():  # whose caller was cancelled
+                turn.set_result(None)
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._next)
+
+
 def peer_address(sock_name: Any) -> str:
     """The IP address in a peer name, without the IPv4-mapped prefix."""
     return str(sock_name[0]).removeprefix("::ffff:") if isinstance(sock_name, tuple) else ""
@@ -270,6 +297,7 @@ class TlsListener:
         self._max = max_connections
         self._max_per_source = max_per_source
         self._on_handshake = on_handshake
+        self._turns = Turns(HANDSHAKES_A_TURN)
         self._open: Counter[str] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
         self._resting: dict[GuardedProtocol, float] = {}
@@ -342,6 +370,7 @@ class TlsListener:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             # Nothing is made for who says nothing.
             await _until_readable(connection, timeout_s=self._handshake_timeout_s)
+            await self._turns.mine()
             protocol = self._front.protocol(source=source)
             protocol.closed = closed.set
             protocol.rests = functools.partial(self._rests, protocol, network)

@@ -11,6 +11,7 @@ import socket
 import ssl
 import time
 import weakref
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import uvloop
 
 from appliance.controller import listener
 from appliance.controller.descriptors import Descriptors
-from appliance.controller.listener import FrontEnd, HttpLimits, TlsListener, peer_address
+from appliance.controller.listener import FrontEnd, HttpLimits, TlsListener, Turns, peer_address
 from appliance.controller.web import Endpoint, Request, Response, application
 from appliance.pki import tls
 from appliance.pki.authority import Authority
@@ -751,6 +752,29 @@ def test_a_stop_closes_what_is_open(run_in_both: Callable[..., None]) -> None:
             await client.close()
 
     run_in_both(act)
+
+
+def test_a_few_begin_in_one_turn_of_the_loop_in_the_order_of_their_coming() -> None:
+    async def go() -> None:
+        turns, begun = Turns(2), []
+        turn_now = 0
+
+        async def begin(number: int) -> None:
+            await turns.mine()
+            begun.append((turn_now, number))
+
+        tasks = [asyncio.create_task(begin(number)) for number in range(7)]
+        await asyncio.sleep(0)
+        tasks[3].cancel()
+        while not all(task.done() for task in tasks):
+            turn_now += 1
+            await asyncio.sleep(0)
+        assert [number for _, number in begun] == [0, 1, 2, 4, 5, 6]
+        counts = Counter(turn for turn, _ in begun)
+        assert set(counts.values()) <= {1, 2}, "no more than two a turn"
+        await asyncio.wait_for(turns.mine(), 5)
+
+    asyncio.run(go())
 
 
 def test_peer_addresses_are_plain() -> None:

@@ -16,6 +16,7 @@ import errno
 import os
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import msgspec
@@ -85,7 +86,9 @@ class Health:
             for number in range(2):
                 spare = path.with_name(f".{path.name}.spare-{number}")
                 spare.unlink(missing_ok=True)  # an earlier life's may be what readers see
-                self._spares.append((spare, os.open(spare, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)))
+                descriptor = os.open(spare, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+                weakref.finalize(self, os.close, descriptor).atexit = False
+                self._spares.append((spare, descriptor))
 
     def step(self, step: Step, result: StepResult, text: str = "", code: str = "", hint: str = "") -> None:
         """Records how a step went, now."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 from pathlib import Path
 
 import pytest
+from rig import open_descriptors
 
 from appliance.protocol.why import Link, Step, StepResult
 from appliance.runtime.health import SILENT_S, Health, read_health, stuck
@@ -85,6 +87,15 @@ def test_what_is_written_is_read(health: Health, tmp_path: Path, clock: Hands) -
     assert found.steps[0].at == 1005.0
     spares = {".health.json.spare-0", ".health.json.spare-1"}
     assert {file.name for file in tmp_path.iterdir()} == {"health.json", "console", *spares}
+
+
+def test_it_gives_its_spares_back(tmp_path: Path, clock: Hands) -> None:
+    before = open_descriptors()
+    health = Health(tmp_path / "health.json", "se", clock)
+    assert open_descriptors() == before + 2
+    del health
+    gc.collect()
+    assert open_descriptors() == before
 
 
 def test_without_a_descriptor_it_is_told_all_the_same_and_readers_see_nothing_half(

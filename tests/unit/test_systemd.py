@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import socket
@@ -104,7 +105,7 @@ def _hand_over(files: list[int], names: str) -> tuple[int, str]:
 def listeners() -> object:
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
     # Away from 3 and 4, which the child renumbers them to.
-    files = [os.dup2(listener.fileno(), 60 + at) for at, listener in enumerate(sockets)]
+    files = [fcntl.fcntl(listener.fileno(), fcntl.F_DUPFD, 60) for listener in sockets]
     yield files, [listener.getsockname()[1] for listener in sockets]
     for listener in sockets:
         listener.close()
@@ -128,12 +129,12 @@ def test_two_sockets_of_one_name_are_refused(listeners: tuple[list[int], list[in
 
 def test_what_is_no_socket_is_refused(listeners: tuple[list[int], list[int]], tmp_path: Path) -> None:
     fd = os.open(tmp_path, os.O_RDONLY)
-    os.dup2(fd, 70)
+    far = fcntl.fcntl(fd, fcntl.F_DUPFD, 60)
     try:
-        code, text = _hand_over([listeners[0][0], 70], "ssh:enroll")
+        code, text = _hand_over([listeners[0][0], far], "ssh:enroll")
     finally:
         os.close(fd)
-        os.close(70)
+        os.close(far)
     assert code == 3
     assert "descriptor 4 ('enroll') from systemd is no socket" in text
 
@@ -149,9 +150,9 @@ def test_a_broken_count_is_nothing() -> None:
 
 def test_refusing_closes_what_came(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
-    first = os.dup2(pair[0].fileno(), 80)
-    second = os.dup2(pair[1].fileno(), 81)
-    monkeypatch.setattr(systemd, "_FIRST_FD", 80)
+    first = fcntl.fcntl(pair[0].fileno(), fcntl.F_DUPFD, 500)
+    second = os.dup2(pair[1].fileno(), first + 1)
+    monkeypatch.setattr(systemd, "_FIRST_FD", first)
     environ = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "2", "LISTEN_FDNAMES": "a:a"}
     with pytest.raises(SettingsError, match="two sockets named 'a'"):
         systemd.listen_fds(environ=environ)

@@ -141,7 +141,7 @@ def test_an_se_that_does_not_come_up_is_told_with_its_reason(tmp_path_factory: p
     path = tmp_path_factory.getbasetemp().parent / f"lab-{os.getpid()}-b"
     try:
         with pytest.raises(ChildError, match="1 of 1 SEs aren't UP") as caught:
-            lab(path, "up", "--ses", "1", "--deadline", "20", options=("--set", "se.sshd_port=9"))
+            lab(path, "up", "--ses", "1", "--deadline", "12", options=("--set", "se.sshd_port=9"))
         assert "se-1: controller: stopped at reverse path" in caught.value.message
     finally:
         lab(path, "down", "--remove")

@@ -77,6 +77,19 @@ class Controller(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     body_timeout_s: Seconds = 10.0
     login_timeout_s: Seconds = 20.0
     max_channels_per_link: Count = 64
+    max_links_per_se: Annotated[int, Meta(ge=2, le=1000)] = 8
+    """Connections logged in with one SE's key: whoever copied it must not take the room of other SEs."""
+    max_queued_requests: Count = 16
+    """Requests on one connection that wait behind the one that is answered: an agent's pings, not a flood of them."""
+    heartbeats_per_interval: Annotated[float, Meta(ge=2, le=1000)] = 4.0
+    """Of one link, beside a burst: an agent sends one, and a second where the first goes unanswered."""
+    heartbeat_burst: Annotated[int, Meta(ge=10, le=100_000)] = 60
+    """Heartbeats that a link may send at once, with what was spooled while it was away."""
+    refusal_rate_per_s: Rate = 20.0
+    refusal_burst: Count = 100
+    """What a link may ask for that it can't have, before it is read more slowly."""
+    rekey_timeout_s: Seconds = 10.0
+    """How long a key exchange on a link may take: nothing else is sent meanwhile."""
     max_links: Count = 20000
     link_unsent_max_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 32)] = 8 * 1024 * 1024
     """What may wait for one link whose SE doesn't read; more closes it. Bulk stops at 1 MiB by itself."""
@@ -118,6 +131,8 @@ class Se(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     retry_most_s: Annotated[float, Meta(gt=0, le=3600)] = 3600.0
     """The longest that it waits because a controller told it when to ask again."""
     connect_timeout_s: Seconds = 10.0
+    login_timeout_s: Seconds = 20.0
+    """For key exchange, log-in and hello; a busy gateway lets an SE wait in line for 12 of them."""
     max_links: Annotated[int, Meta(ge=1, le=16)] = 3
     allow_curve25519: bool = False
     forwards: dict[str, str] = {}
@@ -288,6 +303,9 @@ def _parse(lines: list[str], *, file: str, problems: list[str]) -> dict[str, Any
     for _ in range(_MAX_SYNTAX_ERRORS):
         try:
             return tomllib.loads("\n".join(rest))
+        except RecursionError:
+            problems.append(f"{file}: brackets within brackets, too deep to be read")
+            return {}
         except tomllib.TOMLDecodeError as error:
             match = _AT_LINE.search(str(error))
             if match is None:

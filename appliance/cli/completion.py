@@ -1,9 +1,25 @@
-"""`appliance completion SHELL`: what to put into the shell's start-up file."""
+"""`appliance completion SHELL`: what to put into the shell's start-up file; and names that a controller knows."""
 
 from __future__ import annotations
 
 import click
 from click.shell_completion import ShellComplete, get_completion_class
+
+DEADLINE_S = 1.0
+"""Who presses TAB waits for no controller that is busy."""
+
+
+def se_names(context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Names of SEs that begin with `incomplete`, for `shell_complete`; none where no controller answers at once."""
+    try:
+        from appliance.cli.operator import Operator
+        from appliance.paths import Paths
+
+        # Commands don't run while a shell asks: there is no `CliContext`.
+        ses = Operator(Paths(context.find_root().params["root"]), deadline_s=DEADLINE_S).ses()
+    except Exception:  # noqa: BLE001 - a boundary: nothing may be said into the line that somebody types
+        return []
+    return sorted({se.name for se in ses if se.name.startswith(incomplete)})
 
 
 @click.command("completion")

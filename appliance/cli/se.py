@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from appliance.cli import output, quantities, se_admission
+from appliance.cli.completion import se_names
 from appliance.cli.context import CliContext, json_option, pass_context, print_json, reason_option
 from appliance.cli.output import Cell, Column
 from appliance.cli.se_admission import name as _name
@@ -202,7 +203,7 @@ def _print_detail(context: CliContext, detail: SeDetail) -> None:
 
 
 @command.command()
-@click.argument("se")
+@click.argument("se", shell_complete=se_names)
 @json_option
 @pass_context
 def show(context: CliContext, se: str) -> None:
@@ -233,7 +234,7 @@ def known_hosts(context: CliContext, host: str) -> None:
 
 
 @command.command()
-@click.argument("se")
+@click.argument("se", shell_complete=se_names)
 @reason_option
 @json_option
 @pass_context
@@ -244,7 +245,7 @@ def revoke(context: CliContext, se: str, reason: str) -> None:
 
 
 @command.command()
-@click.argument("se")
+@click.argument("se", shell_complete=se_names)
 @reason_option
 @json_option
 @pass_context
@@ -258,7 +259,7 @@ def release(context: CliContext, se: str, reason: str) -> None:
 
 
 @command.command("rotate-key")
-@click.argument("se")
+@click.argument("se", shell_complete=se_names)
 @reason_option
 @json_option
 @pass_context
@@ -269,7 +270,7 @@ def rotate_key(context: CliContext, se: str, reason: str) -> None:
 
 
 @command.command()
-@click.argument("se")
+@click.argument("se", shell_complete=se_names)
 @reason_option
 @click.option("--yes", is_flag=True, help="Don't ask.")
 @json_option
@@ -299,7 +300,7 @@ def delete(context: CliContext, se: str, reason: str, yes: bool) -> None:
 
 
 @command.command()
-@click.argument("se")
+@click.argument("se", shell_complete=se_names)
 @click.option("--since", type=quantities.DURATION, default="1h", show_default=True, help="How far to look back.")
 @json_option
 @pass_context

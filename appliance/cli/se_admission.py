@@ -8,6 +8,7 @@ from collections.abc import Callable
 import click
 
 from appliance.cli import output
+from appliance.cli.completion import se_names
 from appliance.cli.context import CliContext, json_option, pass_context, print_json, reason_option
 from appliance.cli.operator import Operator
 from appliance.cli.output import Cell, Column
@@ -68,7 +69,7 @@ def pending(context: CliContext) -> None:
     output.table(console, _COLUMNS, [_row(se, now) for se in waiting])
 
 
-_SES = click.argument("ses", metavar="SE...", nargs=-1, required=True)
+_SES = click.argument("ses", metavar="SE...", nargs=-1, required=True, shell_complete=se_names)
 
 
 def _each(context: CliContext, ses: tuple[str, ...], work: Callable[[str], SeDetail], told: str) -> None:
@@ -92,7 +93,7 @@ def _by_fingerprint(operator: Operator, subject: str) -> tuple[str, str]:
 
 
 @click.command()
-@click.argument("ses", metavar="SE...", nargs=-1)
+@click.argument("ses", metavar="SE...", nargs=-1, shell_complete=se_names)
 @click.option("--receipts", is_flag=True, help="All that showed this restored controller a receipt that holds.")
 @reason_option
 @json_option

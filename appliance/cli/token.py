@@ -7,6 +7,7 @@ import time
 import click
 
 from appliance.cli import output, quantities
+from appliance.cli.completion import se_names
 from appliance.cli.context import CliContext, json_option, pass_context, print_json, reason_option
 from appliance.cli.output import Cell, Column
 from appliance.errors import UsageError
@@ -50,7 +51,10 @@ def command() -> None:
 
 @command.command()
 @click.option("--image-key", default="", metavar="ID", help="The image key it goes with.  [default: the only one]")
-@click.option("--rejoin", default="", metavar="SE", help="The SE that lost its state; no image key is needed.")
+@click.option(
+    "--rejoin", default="", metavar="SE", shell_complete=se_names,
+    help="The SE that lost its state; no image key is needed.",
+)  # fmt: skip
 @click.option("--expires", type=quantities.DURATION, default="1d", show_default=True, help="How long it is good.")
 @click.option("--instance-id", default="", help="Good only for the VM of this instance-id, as that itself says.")
 @click.option("--note", default="", help="What it is for.")

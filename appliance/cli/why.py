@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from appliance.cli import output, se, this_machine
+from appliance.cli.completion import se_names
 from appliance.cli.context import CliContext, json_option, pass_context, print_json
 from appliance.cli.output import Cell, Styled
 from appliance.errors import NotFoundError, UsageError
@@ -30,7 +31,7 @@ _MOST_NAMED = 8
 
 
 @click.command("why")
-@click.argument("subject", required=False)
+@click.argument("subject", required=False, shell_complete=se_names)
 @json_option
 @pass_context
 def command(context: CliContext, subject: str | None) -> None:

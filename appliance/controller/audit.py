@@ -1,8 +1,9 @@
 """The audit: an append-only, hash-chained record of what was decided, one chain for each node.
 
-An entry is written in the transaction of what it tells about, so there is never one without the other. The chain's
-rules are pure and live in `protocol.audit`; this module prepares the compares and operations that extend it. After a
-restore the sequence goes on in a new segment, whose first entry names the cluster.
+An entry is written in the transaction of what it tells about, so there is never one without the other; what lies in
+files is told by way of `intents`. The chain's rules are pure and live in `protocol.audit`; this module prepares the
+compares and operations that extend it. After a restore the sequence goes on in a new segment, whose first entry names
+the cluster.
 """
 
 from __future__ import annotations

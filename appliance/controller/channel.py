@@ -7,6 +7,7 @@ A link goes through these requests in order; what comes out of order is refused.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import math
@@ -19,12 +20,13 @@ from weakref import WeakValueDictionary
 import msgspec
 
 from appliance.controller.attempts import Attempts
-from appliance.controller.fleet import HEARTBEATS_AN_INTERVAL, Fleet, ping
+from appliance.controller.fleet import Fleet, ping
 from appliance.controller.link import Link
 from appliance.controller.pace import paced
 from appliance.controller.rate import Rates
 from appliance.controller.records import SeRecord
 from appliance.controller.safekeeping import Safekeeping
+from appliance.controller.store.port import OvertakenError
 from appliance.controller.trust import Publication
 from appliance.controller.web import Endpoint, ProblemError, Request, simple_problem
 from appliance.errors import ApplianceError, StorageError
@@ -62,6 +64,8 @@ ALARMS_PER_H = 6
 """Copies and roll-backs of one SE that are told and audited: who has its key must not fill the audit with hellos."""
 RESTS_S = 0.05
 """How long a link isn't read after each heartbeat too many: a flood of them is then twenty a second."""
+MAX_JUDGED = 3
+"""How often one hello is judged at most, where the SE's record is changed each time; a ping each is 6 s of its 20."""
 REFUSED_STAYS_S = 1.0
 """How long a link whose hello was refused stays open, for the answer to get out."""
 
@@ -180,7 +184,7 @@ class ChannelApi:
         lock = self._hellos.setdefault(link.se_id, asyncio.Lock())
         try:
             async with lock:
-                verdict, ticket = await self._judge(link, hello)
+                verdict, ticket = await self._judge_as_it_stands(link, hello)
         finally:
             if not self._fleet.holds(link):
                 asyncio.get_running_loop().call_later(
@@ -229,6 +233,14 @@ class ChannelApi:
             link.audit_seen = self._witness.head.sequence
         return envelope
 
+    async def _judge_as_it_stands(self, link: Link, hello: Hello) -> tuple[Newcomer, str]:
+        """As `_judge`, and anew where somebody changed the SE's record meanwhile, an operator for example: else the SE
+        would have to dial again, for nothing that it did."""
+        for _ in range(MAX_JUDGED - 1):
+            with contextlib.suppress(OvertakenError):
+                return await self._judge(link, hello)
+        return await self._judge(link, hello)
+
     async def _judge(self, link: Link, hello: Hello) -> tuple[Newcomer, str]:
         fleet, record = self._fleet, self._record(link)
         older = fleet.link(link.se_id)
@@ -261,9 +273,9 @@ class ChannelApi:
         if link.rolled_back:
             changed = msgspec.structs.replace(changed, ticket_superseded=record.ticket)
         if link.rolled_back and self._alarms.allow(record.se_id, self._wall()):
+            await fleet.registry.update_audited(record, changed, actor=f"se {link.source}", action="se.rolled-back")
             text = f"{record.name} came back with an older link ticket from {link.source}: restored snapshot or disk?"
             fleet.events.emit("tunnel", "se.rolled-back", record.se_id, text)
-            await fleet.registry.update_audited(record, changed, actor=f"se {link.source}", action="se.rolled-back")
         else:
             await fleet.registry.update_se(record, changed)
         fleet.admit(link)
@@ -311,7 +323,7 @@ class ChannelApi:
         if wait_s := self._fleet.overdone_s(link):
             # Nothing more is read of it either: each of them, with what it carries, takes time from the others.
             paced(link.conn).rest(RESTS_S)
-            title = f"More than {HEARTBEATS_AN_INTERVAL} heartbeats an interval"
+            title = f"More than {link.terms.heartbeats_per_interval:g} heartbeats an interval"
             refusal = simple_problem(429, "TUNNEL-045", title, advice="Wait as told; the link stays.")
             raise ProblemError(msgspec.structs.replace(refusal, retry_after_s=math.ceil(wait_s)))
         now = self._wall()
@@ -398,10 +410,10 @@ class ChannelApi:
         except ApplianceError as error:
             raise _refuse(400, "TUNNEL-029", "The new key is no Ed25519 key", error.message) from None
         if not holds:
-            raise _refuse(403, "TUNNEL-029", "The proof of the new key does not verify", "Sign with the new key.")
+            raise _refuse(403, "TUNNEL-048", "The proof of the new key does not verify", "Sign with the new key.")
         registry = self._fleet.registry
         if registry.is_reserved(thumbprint) or registry.se_by_key(thumbprint) is not None:
-            raise _refuse(403, "TUNNEL-029", "The key already has another role", "Make a new key.")
+            raise _refuse(403, "TUNNEL-049", "The key already has another role", "Make a new key.")
         changed = msgspec.structs.replace(record, se_key=wish.se_key, thumbprint=thumbprint, key_due=False)
         changed = msgspec.structs.replace(changed, key_at=self._wall())
         await registry.update_audited(

@@ -73,6 +73,7 @@ class Controller:
         )
         acceptor = parts.acceptor = parts.gateway.listen(parts.sockets.ssh, parts.material.files.host_key)
         parts.rotation.resume()
+        await parts.intents.settle(parts.trust.in_force())
         operator = await loop.create_unix_server(
             lambda: parts.operator_front.protocol(identify=_actor), sock=parts.sockets.operator
         )
@@ -179,13 +180,13 @@ def _collect_less() -> None:
     """Makes the collector of cycles look at what a fleet keeps as seldom as it can.
 
     Ten thousand links are millions of objects, which live for days and are no cycles that end: to walk them takes a
-    second in which no heartbeat is answered. Links that ended are cycles, so it must look now and then (heartbeats and
-    enrollments leave none). The young are looked at often and few at a time: 20,000 objects in one go kept heartbeats
-    waiting for 30 ms and more on two busy cores.
+    second in which no heartbeat is answered. It must look now and then all the same, though heartbeats, enrollments and
+    links that ended leave no cycles. The young are looked at often and few at a time: 20,000 objects in one go, as they
+    are with ten times fewer looks, kept heartbeats waiting for 30 to 50 ms on two busy cores.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(2_000, 10, 100)
+    gc.set_threshold(1_000, 2, 700)
 
 
 def _give_buffers_back() -> None:

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 
 import msgspec
 
+from appliance import settings
 from appliance.controller.events import Events
-from appliance.controller.link import HEARTBEAT_BURST, Link, unsent_bytes
+from appliance.controller.link import Link, unsent_bytes
 from appliance.controller.losses import Lately, Losses
 from appliance.controller.records import SeRecord
 from appliance.controller.registry import Registry, drift
 from appliance.controller.telemetry import History
+from appliance.errors import NotFoundError
 from appliance.protocol import tunnel
 from appliance.protocol.address import se_address
 from appliance.protocol.enroll import SeStatus
@@ -28,18 +30,10 @@ from appliance.protocol.operator import SeDetail
 
 _log = logging.getLogger(__name__)
 
-HEARTBEATS_AN_INTERVAL = 4
-"""Of one link, beside a burst: an agent sends one, and a second where the first goes unanswered."""
 SWEEP_S = 0.25
 """How often the fleet looks for overdue links."""
 BURDEN_SWEEP_S = 0.5
 """How often it looks for links that burden the controller."""
-MAX_LINKS_PER_SE = 8
-"""Connections logged in with one SE's key: whoever copied it must not take the room of other SEs."""
-MAX_UNSENT_BYTES = 8 * 1024 * 1024, 256 * 1024 * 1024
-"""What may wait for a peer that doesn't read, and for all of them. Bulk stops at 1 MiB by itself (`splice`)."""
-REKEY_TIMEOUT_S = 10.0
-"""How long a key exchange on a link may take: nothing else is sent meanwhile."""
 
 
 @dataclass(slots=True)
@@ -81,19 +75,16 @@ class Fleet:
         history: History,
         events: Events,
         *,
+        terms: settings.Controller,
         wall: Callable[[], float],
         monotonic: Callable[[], float],
-        base_interval_s: float,
-        max_unsent: tuple[int, int] = MAX_UNSENT_BYTES,
     ) -> None:
-        """`max_unsent` are bytes that may wait unread: for one link, and for all together."""
         self.registry = registry
         self.history = history
         self.events = events
         self._wall = wall
         self._monotonic = monotonic
-        self._base_interval_s = base_interval_s
-        self._max_unsent = max_unsent
+        self._terms = terms
         self.refusals: Counter[str] = Counter()
         """Links closed because they burden the controller, by how."""
         self._open: dict[str, dict[int, Link]] = {}
@@ -119,7 +110,7 @@ class Fleet:
     @property
     def interval_s(self) -> float:
         """The heartbeat interval for a fleet of this size."""
-        return tunnel.heartbeat_interval(len(self._links), self._base_interval_s)
+        return tunnel.heartbeat_interval(len(self._links), self._terms.heartbeat_interval_s)
 
     @property
     def links(self) -> int:
@@ -155,10 +146,11 @@ class Fleet:
         links = self._open.setdefault(link.se_id, {})
         links[link.link_id] = link
         staying = [entry for entry in links.values() if not entry.is_gone]
-        if len(staying) > MAX_LINKS_PER_SE:
+        most = self._terms.max_links_per_se
+        if len(staying) > most:
             spare = next(entry for entry in staying if entry is not self._links.get(link.se_id))
             self.refusals["copies"] += 1
-            spare.close(Reason.LINK_LOST, f"more than {MAX_LINKS_PER_SE} links with one SE's key")
+            spare.close(Reason.LINK_LOST, f"more than {most} links with one SE's key")
 
     def admit(self, link: Link) -> None:
         """Makes `link` the SE's link, unless it is gone meanwhile; an older one is closed."""
@@ -212,8 +204,8 @@ class Fleet:
 
     def overdone_s(self, link: Link) -> float:
         """Takes a heartbeat of a link's share; 0 where it may be answered, else the seconds it should wait."""
-        rate_per_s = HEARTBEATS_AN_INTERVAL / self.interval_s
-        if link.beats.take(self._monotonic(), rate_per_s=rate_per_s, burst=HEARTBEAT_BURST):
+        rate_per_s = self._terms.heartbeats_per_interval / self.interval_s
+        if link.beats.take(self._monotonic(), rate_per_s=rate_per_s, burst=self._terms.heartbeat_burst):
             return 0.0
         self.seen(link)
         self.refusals["heartbeat"] += 1
@@ -228,16 +220,19 @@ class Fleet:
         """Ends a quarantine: all links with this SE's key are closed and its tickets count no more.
 
         Whoever comes first from now on is the SE; the operator has switched the wrong one off. Returns how many links
-        were closed.
+        were closed. Raises as `Registry.change_se`.
         """
-
-        def without_tickets(kept: SeRecord) -> SeRecord:
-            return msgspec.structs.replace(kept, ticket=tunnel.UNKNOWN_TICKET, ticket_pending="", ticket_superseded="")
-
-        await self.registry.change_se(record.se_id, without_tickets, actor=actor, action="se.released", detail=reason)
-        links = self.quarantined(record.se_id)
-        if (link := self._links.get(record.se_id)) is not None:
-            links.append(link)
+        async with self.registry.turn(record.se_id):
+            kept = self.registry.se(record.se_id)
+            if kept is None:
+                raise NotFoundError(f"no SE {record.se_id!r} is known", hint="see `appliance se list`")
+            released = msgspec.structs.replace(
+                kept, ticket=tunnel.UNKNOWN_TICKET, ticket_pending="", ticket_superseded=""
+            )
+            # Also where that changes nothing: it closes links each time, and each time there is an entry.
+            await self.registry.commit(released, actor=actor, action="se.released", subject=record.se_id, detail=reason)
+        # One that is about to be admitted is nobody's yet, and may be the wrong one's.
+        links = [entry for entry in self._open.get(record.se_id, {}).values() if not entry.is_gone]
         for entry in links:
             entry.close(Reason.LINK_LOST, "released by an operator: the first to come back is this SE")
         return len(links)
@@ -277,7 +272,8 @@ class Fleet:
 
     def _drop_burdens(self, now: float) -> None:
         """Closes links whose peer makes us keep what it doesn't read, or begins a key exchange and leaves it."""
-        most, most_of_all = self._max_unsent
+        most, most_of_all = self._terms.link_unsent_max_bytes, self._terms.unsent_max_bytes
+        rekey_s = self._terms.rekey_timeout_s
         waiting: list[tuple[int, Link]] = []
         # Ten thousand links rest each second: what is done for each is done here, in one expression.
         burdens = [
@@ -296,9 +292,9 @@ class Fleet:
                 link.rekeys_since = 0.0
             elif not link.rekeys_since:
                 link.rekeys_since = now
-            elif now - link.rekeys_since > REKEY_TIMEOUT_S:
+            elif now - link.rekeys_since > rekey_s:
                 self.refusals["rekey"] += 1
-                link.close(Reason.LINK_LOST, f"no new keys within {REKEY_TIMEOUT_S:.0f} s")
+                link.close(Reason.LINK_LOST, f"no new keys within {rekey_s:g} s")
         total = sum(unsent for unsent, link in waiting if not link.is_gone)
         for unsent, link in sorted(waiting, key=lambda entry: -entry[0]):
             if total <= most_of_all:

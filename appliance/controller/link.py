@@ -16,14 +16,12 @@ if TYPE_CHECKING:
     import asyncssh
     from asyncssh.connection import SSHConnection
 
+    from appliance import settings
+
 _log = logging.getLogger(__name__)
 
-REFUSALS_PER_S, REFUSAL_BURST = 20.0, 100.0
-"""What a link may ask for that it can't have."""
 REFUSED_RESTS_S = 0.02
-"""For how long it isn't read after each of the others: a flood of them takes a tenth of the time."""
-HEARTBEAT_BURST = 60
-"""Heartbeats that a link may send at once."""
+"""For how long a link isn't read after each refusal beyond its share: a flood of them takes a tenth of the time."""
 WINDOW_S = 30.0
 FEW = 3
 """Two windows of this length, of so many values at least, make up 'the last minute' of a minimum."""
@@ -122,6 +120,7 @@ class Link:
         "se_id",
         "source",
         "spool_bytes",
+        "terms",
         "thumbprint",
         "ticket",
         "tries",
@@ -137,9 +136,11 @@ class Link:
         se_id: str,
         thumbprint: str,
         source: str,
+        terms: settings.Controller,
         now: float,
     ) -> None:
         self.conn = conn
+        self.terms = terms
         self.link_id = link_id
         self.se_id = se_id
         self.thumbprint = thumbprint
@@ -170,7 +171,7 @@ class Link:
         self.on_up: Callable[[], None] = lambda: None
         """Called at the first heartbeat."""
         self.heartbeats = 0
-        self.beats = Bucket(HEARTBEAT_BURST, now)
+        self.beats = Bucket(terms.heartbeat_burst, now)
         """What it may still send of heartbeats."""
         self.rtt = Minimum()
         self.lags = Least()
@@ -178,8 +179,7 @@ class Link:
         process or a full queue, only adds to that: the least lag is the one that tells of its clock. Of few, so that a
         clock that was set is told within seconds, either way: none is held up for a minute, or its link were lost."""
         self.was_rtt_high = False
-        self.spool_bytes = 0
-        self.trust_version = 0
+        self.spool_bytes = self.trust_version = 0
         self.audit_seen = 0
         """Sequence of the newest audit head that was sent over it."""
         self.agent_version = ""
@@ -212,8 +212,8 @@ class Link:
     def was_refused(self, now: float) -> bool:
         """Notes a refusal; returns whether nothing more of this link shall be read for `REFUSED_RESTS_S`."""
         if not hasattr(self, "tries"):
-            self.tries = Bucket(REFUSAL_BURST, now)
-        return not self.tries.take(now, rate_per_s=REFUSALS_PER_S, burst=REFUSAL_BURST)
+            self.tries = Bucket(self.terms.refusal_burst, now)
+        return not self.tries.take(now, rate_per_s=self.terms.refusal_rate_per_s, burst=self.terms.refusal_burst)
 
     def close(self, reason: Reason, text: str) -> None:
         """Closes the link now; a peer that no longer reads can't hold it up."""

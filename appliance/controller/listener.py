@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import random
 import socket
 import ssl
 import sys
@@ -30,14 +31,13 @@ from appliance.controller.rate import network_of
 
 _log = logging.getLogger(__name__)
 
-MAX_QUEUED = 16
-"""Requests that may wait behind the one that is answered: an agent's pings, not a flood of them."""
-
 _ANSWER = b"HTTP/1.1 %d %s\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 _TOO_LARGE = (413, b"Content Too Large")
 _HEADERS_TOO_LARGE = (431, b"Request Header Fields Too Large")
 MIN_HANDSHAKE_S = 0.01
 """Left of the time for a handshake to one that spoke in its last moment."""
+PATIENT = 0.7
+"""Part of the time for a handshake that each client has to say something; between it and the whole, at random."""
 HANDSHAKES_A_TURN = 2
 """That begin in one turn of the loop: each takes a millisecond, and hundreds of clients that are turned away come back
 in one wave, for all of which a heartbeat would wait."""
@@ -56,6 +56,8 @@ class HttpLimits(NamedTuple):
     """From the first byte of a request (or from connecting) to the end of its headers."""
     body_timeout_s: float
     keep_alive_s: int
+    max_queued: int = 16
+    """Requests that may wait behind the one that is answered."""
     max_begun: int = sys.maxsize
     """Requests that may be there in part, on all connections: each piece of each costs the loop a moment."""
 
@@ -93,10 +95,10 @@ class FrontEnd:
         return GuardedProtocol(self, state, identify)
 
     def begun(self, protocol: GuardedProtocol) -> None:
-        """A part of a request came; where too many are there in part, the first that was is given up."""
+        """A part of a request came; where too many are there in part, the first that was is read no further."""
         self._begun[protocol] = None
         if len(self._begun) > self.limits.max_begun:
-            next(iter(self._begun)).too_slow()
+            next(iter(self._begun)).set_aside()
 
     def ended(self, protocol: GuardedProtocol) -> None:
         """The request is whole, or refused."""
@@ -171,7 +173,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if declared.isdigit() and int(declared) > self._limits.max_body_bytes:
             self._refuse(*_TOO_LARGE)
             return
-        if len(self.pipeline) >= MAX_QUEUED:
+        if len(self.pipeline) >= self._limits.max_queued:
             self._refuse(429, b"Too Many Requests")
             return
         self._body_bytes = 0
@@ -214,6 +216,15 @@ class GuardedProtocol(HttpToolsProtocol):
             self._deadline.cancel()
             self._deadline = None
 
+    def set_aside(self) -> None:
+        """Reads no more of the request; its deadline ends it.
+
+        Given up at once, its client would be back at once, and a handshake takes as long as hundreds of pieces.
+        """
+        self._front.ended(self)
+        self._refusals["begun"] += 1
+        self.transport.pause_reading()
+
     def too_slow(self) -> None:
         """Gives the request up."""
         self._refuse(408, b"Request Timeout")
@@ -234,7 +245,7 @@ async def _until_readable(connection: socket.socket, *, timeout_s: float) -> Non
         async with asyncio.timeout(timeout_s):
             await spoke.wait()
     except TimeoutError:
-        raise TimeoutError(f"nothing was said within {timeout_s:g} s") from None
+        raise TimeoutError(f"nothing was said within {timeout_s:.1f} s") from None
     finally:
         loop.remove_reader(connection)
 
@@ -366,10 +377,13 @@ class TlsListener:
         closed = asyncio.Event()
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + self._handshake_timeout_s
+        protocol: GuardedProtocol | None = None
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             # Nothing is made for who says nothing.
-            await _until_readable(connection, timeout_s=self._handshake_timeout_s)
+            # A crowd that came at once is given up one by one, not at once.
+            patience_s = self._handshake_timeout_s * random.uniform(PATIENT, 1.0)  # noqa: S311 - no secret
+            await _until_readable(connection, timeout_s=patience_s)
             await self._turns.mine()
             protocol = self._front.protocol(source=source)
             protocol.closed = closed.set
@@ -382,6 +396,9 @@ class TlsListener:
                 ssl_shutdown_timeout=2.0,
             )
         except (OSError, ssl.SSLError, ConnectionError, TimeoutError) as error:
+            self._front.refusals["handshake"] += 1
+            if protocol is not None:
+                protocol.connection_lost(error)  # without a handshake nobody else says so; see there
             self._on_handshake(source, str(error) or type(error).__name__)
             return
         self._on_handshake(source, "")

@@ -13,8 +13,10 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 import msgspec
 
+from appliance.controller.audit import Note
 from appliance.controller.events import Events
 from appliance.controller.fleet import Fleet
+from appliance.controller.intents import Intents
 from appliance.controller.records import SeRecord
 from appliance.controller.rotation import Kind, NextRoot, Rotation, make_root
 from appliance.controller.vault import Prepare, Vault
@@ -65,11 +67,13 @@ class TrustApi:
         fleet: Fleet,
         events: Events,
         *,
+        intents: Intents,
         view: Callable[[], ControllerView],
         wall: Callable[[], float],
     ) -> None:
         self._rotation = rotation
         self._vault = vault
+        self._intents = intents
         self._view = view
         self._wall = wall
         self._fleet = fleet
@@ -149,14 +153,18 @@ class TrustApi:
             problem = simple_problem(404, "NOTFOUND-001", "There is no such thing to change", advice=f"one of {known}")
             raise ProblemError(problem) from None
 
-    async def _done(self, request: Request, kind: Kind, verb: str, reason: str) -> RotationView:
-        view = self._rotation.view(kind)
-        detail = f"trust document version {self._rotation.version}" + (f": {reason}" if reason else "")
-        await self._registry.note(
-            actor=request.state.actor, action=f"trust.{kind.value}.{verb}", subject=kind.value, detail=detail
-        )
-        self._events.emit("tunnel", f"trust.{kind.value}", kind.value, f"change of the {kind.value}: {verb}, {detail}")
-        return view
+    @contextlib.asynccontextmanager
+    async def _rotating(self, request: Request, kind: Kind, verb: str, reason: str) -> AsyncIterator[None]:
+        """Has a change carried out within it: audited, then told."""
+
+        def detail() -> str:
+            return f"trust document version {self._rotation.version}" + (f": {reason}" if reason else "")
+
+        wish = Note(request.state.actor, f"trust.{kind.value}.{verb}", kind.value, reason)
+        async with self._intents.audited(wish, detail):
+            yield
+        text = f"change of the {kind.value}: {verb}, {detail()}"
+        self._events.emit("tunnel", f"trust.{kind.value}", kind.value, text)
 
     async def rotations(self, _request: Request, _body: None) -> list[RotationView]:
         """All kinds."""
@@ -197,63 +205,70 @@ class TrustApi:
         def next_root(passphrase: Secret | None) -> NextRoot:
             return make_root(cluster_id, now=now, passphrase=passphrase)
 
-        async with self._unlocked(request, body, next_root if kind is Kind.CA else None) as root:
-            self._rotation.begin(kind, root)
-        return await self._done(request, kind, "begin", body.reason)
+        async with (
+            self._rotating(request, kind, "begin", body.reason),
+            self._unlocked(request, body, next_root if kind is Kind.CA else None) as root,
+        ):
+            return self._rotation.begin(kind, root)
 
     async def finish(self, request: Request, body: Forced) -> RotationView:
         """Lets the successor take over."""
         kind = self._kind(request)
-        async with self._unlocked(request, body):
-            self._rotation.finish(kind, force=body.force)
-        return await self._done(request, kind, "finish", body.reason)
+        async with self._rotating(request, kind, "finish", body.reason), self._unlocked(request, body):
+            return self._rotation.finish(kind, force=body.force)
 
     async def abort(self, request: Request, body: Unlocking) -> RotationView:
         """Takes an announcement back."""
         kind = self._kind(request)
-        async with self._unlocked(request, body):
-            self._rotation.abort(kind)
-        return await self._done(request, kind, "abort", body.reason)
+        async with self._rotating(request, kind, "abort", body.reason), self._unlocked(request, body):
+            return self._rotation.abort(kind)
 
-    async def _changed(self, request: Request, action: str, reason: str) -> ControllerView:
-        view = self._view()
-        detail = f"issuing CA {view.issuing_fingerprint or 'none'}" + (f": {reason}" if reason else "")
-        await self._registry.note(actor=request.state.actor, action=action, subject="root CA", detail=detail)
-        self._events.emit("tunnel", action, "root CA", f"{action}, {detail}")
-        return view
+    @contextlib.asynccontextmanager
+    async def _changing(self, request: Request, action: str, reason: str) -> AsyncIterator[None]:
+        """Has an act of the vault carried out within it: audited, then told; refusals are answers."""
+
+        def detail() -> str:
+            fingerprint = self._view().issuing_fingerprint or "none"
+            return f"issuing CA {fingerprint}" + (f": {reason}" if reason else "")
+
+        wish = Note(request.state.actor, action, "root CA", reason)
+        async with self._intents.audited(wish, detail), self._refused(request):
+            yield
+        self._events.emit("tunnel", action, "root CA", f"{action}, {detail()}")
 
     async def set_passphrase(self, request: Request, body: NewPassphrase) -> ControllerView:
         """Puts the root key under a passphrase."""
-        async with self._refused(request):
+        async with self._changing(request, "passphrase.set", body.reason):
             await self._vault.set(_needed(body.new))
-        return await self._changed(request, "passphrase.set", body.reason)
+        return self._view()
 
     async def change_passphrase(self, request: Request, body: NewPassphrase) -> ControllerView:
         """Changes the passphrase."""
-        async with self._refused(request):
+        async with self._changing(request, "passphrase.changed", body.reason):
             await self._vault.change(_needed(body.passphrase), _needed(body.new))
-        return await self._changed(request, "passphrase.changed", body.reason)
+        return self._view()
 
     async def remove_passphrase(self, request: Request, body: Forced) -> ControllerView:
         """Leaves the root key without one."""
-        async with self._refused(request):
+        async with self._changing(request, "passphrase.removed", body.reason):
             if not body.force:
                 raise UsageError(
                     "without a passphrase, whoever reads this disk has the root key",
                     hint="pass --force if that is meant",
                 )
             await self._vault.remove(_needed(body.passphrase))
-        return await self._changed(request, "passphrase.removed", body.reason)
+        return self._view()
 
     async def renew_issuing(self, request: Request, body: IssuingRenewal) -> ControllerView:
         """Replaces the issuing CA."""
-        async with self._refused(request):
+        action = f"issuing-ca.{'revoked' if body.revoke else 'renewed'}"
+        async with self._changing(request, action, body.reason):
             await self._vault.renew_issuing(_needed(body.passphrase), revoke=body.revoke)
-        return await self._changed(request, f"issuing-ca.{'revoked' if body.revoke else 'renewed'}", body.reason)
+        return self._view()
 
     async def forget(self, request: Request, body: Reasoned) -> RotationView:
         """Destroys the former root's key."""
         kind = self._kind(request)
-        async with self._vault.turn():
+        async with self._rotating(request, kind, "forget", body.reason), self._vault.turn():
             self._rotation.forget()
-        return await self._done(request, kind, "forget", body.reason)
+        return self._rotation.view(kind)

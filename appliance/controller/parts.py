@@ -27,6 +27,7 @@ from appliance.controller.events import Events
 from appliance.controller.fleet import Fleet
 from appliance.controller.hook import EnrollHook
 from appliance.controller.images import Images
+from appliance.controller.intents import Intents
 from appliance.controller.link import Link
 from appliance.controller.listener import FrontEnd, HttpLimits
 from appliance.controller.material import Files, Material
@@ -101,14 +102,9 @@ class Parts:
         self.history = History(history_s=terms.telemetry_history_s)
         audit = Audit(store, cluster_id=cluster.cluster_id, node=cluster.node, epoch=cluster.epoch)
         self.registry = Registry(store, audit, wall=clock.now)
+        self.intents = Intents(self.registry, store, wall=clock.now)
         self.fleet = Fleet(
-            self.registry,
-            self.history,
-            self.events,
-            wall=clock.now,
-            monotonic=clock.monotonic,
-            base_interval_s=terms.heartbeat_interval_s,
-            max_unsent=(terms.link_unsent_max_bytes, terms.unsent_max_bytes),
+            self.registry, self.history, self.events, terms=terms, wall=clock.now, monotonic=clock.monotonic
         )
         self.trust = Publication(self.material, on_publish=self.reserve, wall=clock.now)
         self.rotation = Rotation(
@@ -202,7 +198,9 @@ class Parts:
             path=tunnel.HEARTBEAT_PATH,
             answer=channel_api.answer_beat,
         )
-        trust_api = TrustApi(self.rotation, self.vault, self.fleet, self.events, view=self.view, wall=clock.now)
+        trust_api = TrustApi(
+            self.rotation, self.vault, self.fleet, self.events, intents=self.intents, view=self.view, wall=clock.now
+        )
         admission_api = AdmissionApi(
             self.registry,
             self.admission,
@@ -248,7 +246,9 @@ class Parts:
 
     def _limits(self, max_header: int, max_body: int, *, keep_alive_s: int) -> HttpLimits:
         terms = self.settings.controller
-        return HttpLimits(max_header, max_body, terms.header_timeout_s, terms.body_timeout_s, keep_alive_s)
+        return HttpLimits(
+            max_header, max_body, terms.header_timeout_s, terms.body_timeout_s, keep_alive_s, terms.max_queued_requests
+        )
 
     def _tls_context(self) -> ssl.SSLContext:
         files = self.material.files
@@ -339,7 +339,7 @@ class Parts:
             clock_is_synchronised=self.clock.synchronised(),
             now=self.clock.now(),
         )
-        return [*self.hindrances(), *found, *self.kept.problems()]
+        return [*self.hindrances(), *found, *self.kept.problems(), *filter(None, [self.trust.problem()])]
 
     def hindrances(self) -> list[str]:
         """What keeps SEs from coming up now, whosever they are."""

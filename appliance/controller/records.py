@@ -8,6 +8,7 @@ image-key/<id>        ImageKeyRecord
 image/<id>            ImageRecord
 token/<digest>        TokenRecord
 recovery              recovery.RecoveryRecord, after a restore
+intent/<id>           intents.Intent: what is being done to files, until its audit entry is written
 nonce/<nonce>         "", leased until the nonce would be stale anyway
 audit/<node>/<seq>    AuditEntry
 audit-head/<node>     hash of the newest entry
@@ -35,6 +36,7 @@ IMAGE_KEY_PREFIX = "image-key/"
 IMAGE_PREFIX = "image/"
 TOKEN_PREFIX = "token/"  # noqa: S105 - where they are kept
 NONCE_PREFIX = "nonce/"
+INTENT_PREFIX = "intent/"
 
 
 class SeRecord(msgspec.Struct, frozen=True, kw_only=True):

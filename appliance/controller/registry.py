@@ -23,7 +23,7 @@ from appliance.controller import records
 from appliance.controller.audit import Audit, Note
 from appliance.controller.changes import Changes
 from appliance.controller.records import ImageKeyRecord, ImageRecord, Record, SeRecord, TokenRecord
-from appliance.controller.store.port import Compare, Delete, Op, Put, Store
+from appliance.controller.store.port import Compare, Delete, Op, OvertakenError, Put, Store
 from appliance.errors import NotFoundError, StoreError, UsageError
 from appliance.pki import ssh_keys
 from appliance.pki.identity import Identity
@@ -345,6 +345,10 @@ class Registry:
         unused, used = await self.nonce_used(nonce, self._wall())
         await self._txn([unused], [used])
 
+    async def put_aside(self, *writes: Op) -> None:
+        """Stores what is no record and no decision, also where the disk is full. Raises as `commit`."""
+        await self._audited_txn([], writes)
+
     async def _audited_txn(self, compares: Sequence[Compare], writes: Sequence[Op]) -> int:
         """As `_txn`; where the disk is full, the space that is held back for this is given up, once."""
         try:
@@ -381,14 +385,15 @@ class Registry:
             was = msgspec.structs.replace(was, image_key_gone_at=gone_at)
             record = msgspec.structs.replace(record, image_key_gone_at=gone_at)
         if kept.record != was:
-            raise StoreError(f"the record of {was.name} changed meanwhile", hint="try again", retryable=True)
+            raise OvertakenError(f"the record of {was.name} changed meanwhile", hint="try again")
         return record, kept.revision
 
     async def update_se(self, was: SeRecord, record: SeRecord) -> None:
         """Stores `record` in the place of `was`; only its own key is touched, so the store groups many of these.
 
         Raises:
-            StoreError: the SE's record isn't `was` any more (retryable), or the store failed; memory is as before.
+            OvertakenError: the SE's record isn't `was` any more; nothing was stored.
+            StoreError: the store failed; memory is as before.
         """
         if self._is_stale:
             async with self.turn():

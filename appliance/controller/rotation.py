@@ -194,7 +194,7 @@ class Rotation:
             root: the successor where that is a root; one without a passphrase is made where there is none.
 
         Raises:
-            UsageError: such a change is under way.
+            UsageError: such a change is under way, or the trust document has no room for it.
             PassphraseError: the root key is locked.
         """
         if kind.value in self._records.kinds:
@@ -215,7 +215,11 @@ class Rotation:
         self._save(kind, record)
         if kind is Kind.CA and material.successor is not None and not material.files.backup_due.exists():
             write_atomic(material.files.backup_due, material.successor.fingerprint.encode(), mode=0o644)
-        self._publication.publish(**self._listed(kind, current=True, successor=True))
+        try:
+            self._publication.publish(**self._listed(kind, current=True, successor=True))
+        except UsageError:  # no room for it
+            self._take_back(kind)
+            raise
         self._save(kind, msgspec.structs.replace(record, version=self._publication.version))
         return self.view(kind)
 

@@ -15,10 +15,21 @@ import msgspec
 
 from appliance.controller.material import Material
 from appliance.controller.switching import staged
+from appliance.errors import UsageError
 from appliance.pki.envelope import combine
 from appliance.protocol import strict_json
-from appliance.protocol.trust import TRUST_TYPE, Envelope, TrustDocument
+from appliance.protocol.trust import MAX_TRUST_BYTES, TRUST_TYPE, Envelope, TrustDocument
 from appliance.storage.atomic import write_atomic
+
+ROOM_BYTES = 16 * 1024
+"""What revoked keys, which stay in the document for ever, must leave of it: to announce a new root takes 2 KiB."""
+NEARLY_FULL = 0.8
+"""Part of what the document may be above which operators are told."""
+
+_WAY_OUT = (
+    "where an issuing CA's key is in wrong hands, `appliance controller issuing-ca renew` without --revoke and then "
+    "`rotate-ca`: after that SEs believe nothing that it signed"
+)
 
 
 class Publication:
@@ -47,6 +58,20 @@ class Publication:
         """Its version."""
         return self._material.trust.version
 
+    def in_force(self) -> str:
+        """What counts now, for people."""
+        material = self._material
+        lock = "under a passphrase" if material.authority.is_locked else "without a passphrase"
+        issuing = material.issuing.fingerprint if material.issuing else "none"
+        return f"trust document version {self.version}, root key {lock}, issuing CA {issuing}"
+
+    def problem(self) -> str:
+        """A document that is nearly as large as it may be, "" where it isn't."""
+        size = len(strict_json.encode(self.envelope))
+        if size <= NEARLY_FULL * MAX_TRUST_BYTES:
+            return ""
+        return f"the trust document has {size >> 10} of the {MAX_TRUST_BYTES >> 10} KiB that it may have: {_WAY_OUT}"
+
     def following(self, version: int) -> Envelope:
         """The document for an SE that has `version`: the one in force, or, where it slept through changes of root, the
         one that ended the next of them, which a root that it knows signed."""
@@ -59,7 +84,16 @@ class Publication:
         )
         body = strict_json.encode(document)
         signed = combine([authority.sign(TRUST_TYPE, body) for authority in self._material.signers])
-        return document.version, strict_json.encode(signed)
+        envelope = strict_json.encode(signed)
+        most = MAX_TRUST_BYTES - (ROOM_BYTES if "revoked_node_keys" in changes else 0)
+        if len(envelope) > most:
+            # Stored, neither the next start of this node nor a restore would read it, and no SE a larger one.
+            raise UsageError(
+                f"the trust document would have {len(envelope)} bytes, at most {most} expected; "
+                f"{len(document.revoked_node_keys)} revoked keys are in it",
+                hint=f"nothing was changed; {_WAY_OUT}",
+            )
+        return document.version, envelope
 
     def publish(self, *, at_least: int = 0, **changes: Any) -> TrustDocument:
         """Puts a new version with `changes` (fields of `TrustDocument`) in force; none are needed where nothing
@@ -67,6 +101,7 @@ class Publication:
 
         Raises:
             PassphraseError: the root key is locked.
+            UsageError: it would be larger than what is read; the one in force stays.
             StorageError: it could not be stored; the one in force stays.
         """
         material = self._material
@@ -80,7 +115,7 @@ class Publication:
         Returns its version.
 
         Raises:
-            PassphraseError, StorageError: as `publish`.
+            PassphraseError, UsageError, StorageError: as `publish`.
         """
         version, signed = self._signed(0, changes)
         write_atomic(staged(self._material.files.trust), signed, mode=0o644)

@@ -324,6 +324,7 @@ class Peer(asyncssh.SSHServer):
             se_id=self._se_id,
             thumbprint=self._thumbprint,
             source=self._source,
+            terms=gateway.terms,
             now=gateway.monotonic(),
         )
         self._link.on_up = self._leave_slot
@@ -340,6 +341,7 @@ class Peer(asyncssh.SSHServer):
     def _hello_deadline(self) -> None:
         link = self._link
         if link is not None and not link.ticket and not link.quarantined:
+            self._gateway.refusals["no-hello"] += 1
             link.close(Reason.LINK_LOST, "no hello was accepted on the link")
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -356,6 +358,7 @@ class Peer(asyncssh.SSHServer):
             self._gateway.on_lost(link)
         elif exc is not None and self._counted is False and not self._se_id and not self._was_refused:
             # Where a log-in was refused, that says more than how its peer took it.
+            self._gateway.refusals["no-login"] += 1
             self._gateway.attempts.note(
                 self._source, Step.LINK, StepResult.FAILED, at=self._gateway.wall(), code="TUNNEL-011",
                 text=f"the SSH connection ended before log-in: {exc}", hint="check what speaks to the SSH port",

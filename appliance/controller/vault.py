@@ -158,17 +158,17 @@ class Vault:
         """Replaces the issuing CA; with `revoke`, SEs refuse what the present one signed.
 
         Raises:
-            UsageError: there is no issuing CA.
+            UsageError: there is no issuing CA, or the trust document has no room for another revoked key.
             PassphraseError: the passphrase is wrong.
         """
         self._check_locked()
         async with self.opened(passphrase):
             material, moves = self._material, self._issuing_places()
-            self._stage_issuing()
             if revoke and material.issuing is not None:
                 revoked = [*material.trust.revoked_node_keys, material.issuing.key_id]
                 self._publication.stage(revoked_node_keys=revoked)
                 moves.append((staged(self._files.trust), self._files.trust))
+            self._stage_issuing()
             self._switch(moves)
             if revoke:
                 self._publication.reload()

@@ -6,7 +6,9 @@ Durations are measured with `monotonic`; wall time is for people, records and ce
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 _STA_UNSYNC = 0x0040
@@ -58,8 +60,9 @@ class SystemClock:
         return _kernel_synchronised() if self._synchronised is None else self._synchronised
 
 
-def _kernel_synchronised() -> bool:
-    """Asks adjtimex(2), which needs no right as long as nothing is set."""
+@functools.cache
+def _adjtimex() -> Callable[[], tuple[int, int]] | None:
+    """adjtimex(2), nothing set, as a call for its result and the status; None where the C library has none."""
     import ctypes  # some milliseconds, and needed once in a while only
 
     class Timex(ctypes.Structure):
@@ -73,9 +76,21 @@ def _kernel_synchronised() -> bool:
             ("rest", ctypes.c_byte * 256),  # the kernel writes 208 bytes in all
         )
 
-    timex = Timex()
     try:
-        result = ctypes.CDLL(None).adjtimex(ctypes.byref(timex))
+        call = ctypes.CDLL(None).adjtimex
     except (OSError, AttributeError):
+        return None
+
+    def ask() -> tuple[int, int]:
+        timex = Timex()
+        return call(ctypes.byref(timex)), timex.status
+
+    return ask
+
+
+def _kernel_synchronised() -> bool:
+    ask = _adjtimex()
+    if ask is None:
         return False
-    return bool(result >= 0 and not timex.status & _STA_UNSYNC)
+    result, status = ask()
+    return result >= 0 and not status & _STA_UNSYNC

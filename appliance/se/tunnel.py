@@ -43,8 +43,6 @@ SILENT_HINT = (
     "the SE dials again by itself; `appliance doctor` on the controller tells whether its daemon hangs, "
     "the way there may be cut, and something else may answer at that address"
 )
-LOGIN_DEADLINE_S = 20.0
-"""For key exchange, log-in, hello and confirm together."""
 UNCONFINED = "TUNNEL-044"
 """Code: the gateway granted what the self-test wanted."""
 TOO_MANY = 429
@@ -147,7 +145,7 @@ class Link:
         settings = self._caller.settings
         sock = connect(self.endpoint, default_port=SSH_PORT, timeout_s=settings.connect_timeout_s, stop=stop)
         wire = Wire(sock, self._clock)
-        guard = Guard(wire, self._clock, login_deadline_s=LOGIN_DEADLINE_S)
+        guard = Guard(wire, self._clock, login_deadline_s=settings.login_timeout_s)
         wire.on_close = guard.lost
         guard.start()
         connection = SshConnection(
@@ -220,7 +218,7 @@ class Link:
             audit_heads=caller.witness.heads(node),
             wants_receipt=caller.receipts.is_due,
         )
-        answer = api.call(said.HELLO_PATH, hello, said.HelloAnswer, timeout_s=LOGIN_DEADLINE_S)
+        answer = api.call(said.HELLO_PATH, hello, said.HelloAnswer, timeout_s=self._caller.settings.login_timeout_s)
         if answer.node != node:
             raise TunnelError(f"node {answer.node} answers at {self.endpoint}, expected node {node}", code="TUNNEL-040")
         if said.agree(answer.protocol) != answer.protocol:
@@ -243,7 +241,10 @@ class Link:
         caller.tickets.save_ticket(node, answer.ticket)
         connection.serve_reverse(caller.grant.address, REVERSE_PORT, reverse.accepted)
         confirmed = api.call(
-            said.CONFIRM_PATH, said.Confirm(ticket=answer.ticket), said.ConfirmAnswer, timeout_s=LOGIN_DEADLINE_S
+            said.CONFIRM_PATH,
+            said.Confirm(ticket=answer.ticket),
+            said.ConfirmAnswer,
+            timeout_s=self._caller.settings.login_timeout_s,
         )
         self._move(LinkEvent.CONFIRMED)
         text = f"answered by node {node}"
@@ -381,7 +382,7 @@ class Link:
         caller = self._caller
         statement = said.rotation_statement(caller.grant.cluster_id, caller.grant.se_id, key.public_line)
         wish = said.RotateKey(se_key=key.public_line, proof=jws.encode_part(key.sign(statement)))
-        answer = api.call(said.ROTATE_PATH, wish, said.RotateAnswer, timeout_s=LOGIN_DEADLINE_S)
+        answer = api.call(said.ROTATE_PATH, wish, said.RotateAnswer, timeout_s=self._caller.settings.login_timeout_s)
         if answer.thumbprint != key.thumbprint:
             raise TunnelError(f"the controller took the key {answer.thumbprint}, which nobody sent", code="TUNNEL-036")
         return answer.receipt

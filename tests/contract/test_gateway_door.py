@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
 import time
+import weakref
 from collections.abc import AsyncIterator
 
 import asyncssh
 import pytest
 import uvloop
+from rig import until_async
 
 from appliance.controller.connection import MAX_SAID_BYTES, Door, listen
 from appliance.controller.descriptors import Descriptors
@@ -28,6 +31,7 @@ class Bench:
         self.slots.tick(LATE_S * 2, 0)  # behind with its work: only the first few are let in
         self.refused = 0
         self.left = asyncio.Event()
+        self.made: list[weakref.ref[asyncssh.SSHServerConnection]] = []
         self.door: Door
         self.port = 0
 
@@ -46,6 +50,9 @@ async def bench(*, most: int = 100, most_per_source: int = 100) -> AsyncIterator
     stand = Bench()
 
     class Server(asyncssh.SSHServer):
+        def connection_made(self, conn: asyncssh.SSHServerConnection) -> None:
+            stand.made.append(weakref.ref(conn))
+
         def connection_lost(self, exc: Exception | None) -> None:
             stand.slots.leave()
             stand.door.advance()
@@ -164,6 +171,40 @@ def test_who_waits_too_long_gets_a_slot(monkeypatch: pytest.MonkeyPatch) -> None
             assert read_slot(await first_word(reader)) is not None
 
     assert PATIENCE_S > 0
+    uvloop.run(go())
+
+
+def test_a_connection_that_ended_is_gone_without_the_collector() -> None:
+    """Crowds come and go; each would leave it work that heartbeats wait for."""
+
+    async def go() -> None:
+        async with bench() as stand:
+            gc.disable()
+            try:
+                silent, _ = await stand.comes(), await stand.comes()
+                assert (await first_word(silent[0])).startswith(VERSION)
+                silent[1].transport.abort()
+                with contextlib.suppress(asyncssh.Error):  # it is let in by nobody
+                    await asyncssh.connect("127.0.0.1", stand.port, known_hosts=None, password="x", config=None)
+                await until_async(lambda: not (stand.made[0]() or stand.made[2]()), what="both are gone")
+            finally:
+                gc.enable()
+
+    uvloop.run(go())
+
+
+def test_who_hung_up_in_line_harms_nobody_when_its_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def go() -> None:
+        async with bench() as stand:
+            _, writer = await in_line(stand)
+            stays, _ = await stand.comes()
+            writer.transport.abort()
+            assert await is_silent(stays)  # and its end was seen meanwhile
+            monkeypatch.setattr("appliance.controller.slots.PATIENCE_S", 0.0)
+            stand.door.tick(LATE_S * 2)
+            assert read_slot(await first_word(stays)) is not None
+            assert stand.slots.shed == 1
+
     uvloop.run(go())
 
 

@@ -21,9 +21,9 @@ from pathlib import Path
 import asyncssh
 import psutil
 import pytest
-from rig import RunningController, linked, machine, running, twin_of, until, until_async
+from rig import RunningController, linked, machine, refused, running, twin_of, until, until_async
 
-from appliance.controller.fleet import MAX_LINKS_PER_SE
+from appliance import settings
 from appliance.errors import ApplianceError, EnrollError
 from appliance.lab.simulated import SimulatedSe, exchange
 from appliance.protocol import strict_json, telemetry, tunnel
@@ -194,9 +194,8 @@ def test_copies_of_one_se_cannot_take_the_room_of_others(controller: RunningCont
                 await copy.connect()
                 with contextlib.suppress(ApplianceError, *LOST):
                     await copy.hello()
-            await until_async(
-                lambda: sum(not copy.conn.is_closed() for copy in copies) < MAX_LINKS_PER_SE, what="few copies stay"
-            )
+            most = settings.Controller().max_links_per_se
+            await until_async(lambda: sum(not copy.conn.is_closed() for copy in copies) < most, what="few copies stay")
             await first.beat()
             await until_async(lambda: controller.state("crowd") == "UP CLONE", what="the first is UP")
 
@@ -297,8 +296,8 @@ def test_a_link_that_asks_and_never_reads_is_closed(controller: RunningControlle
     asyncio.run(go())
 
 
-def test_a_link_that_sends_ssh_requests_and_never_reads_is_closed(controller: RunningController) -> None:
-    async def go() -> None:
+def test_a_link_that_sends_ssh_requests_and_never_reads_is_closed(tmp_path: Path) -> None:
+    async def go(controller: RunningController) -> None:
         async with machine() as stand:
             se = await linked(stand, controller, "never-listens")
 
@@ -315,13 +314,14 @@ def test_a_link_that_sends_ssh_requests_and_never_reads_is_closed(controller: Ru
 
             assert await flood_until_closed(controller, se, send) < 64
 
-    asyncio.run(go())
+    with running(tmp_path / "root", settings={"link_unsent_max_bytes": 1 << 20}) as controller:
+        asyncio.run(go(controller))
 
 
-def test_a_key_exchange_that_is_begun_and_never_ended_is_cut_off(controller: RunningController) -> None:
+def test_a_key_exchange_that_is_begun_and_never_ended_is_cut_off(tmp_path: Path) -> None:
     """While keys are exchanged nothing else may be sent, and all of it waits in memory."""
 
-    async def go() -> None:
+    async def go(controller: RunningController) -> None:
         async with machine() as stand:
             se = await linked(stand, controller, "rekeys")
             _, writer = await se.conn.open_connection(tunnel.CHANNEL_HOST, tunnel.CHANNEL_PORT)
@@ -335,9 +335,10 @@ def test_a_key_exchange_that_is_begun_and_never_ended_is_cut_off(controller: Run
                 assert time.monotonic() < ends_at, "the link is still there"
                 writer.write(beat)
                 await asyncio.sleep(0.2)
-            assert "keys" in controller.operator.se("rekeys").summary.text
+            assert controller.operator.se("rekeys").summary.text == "no new keys within 2 s"
 
-    asyncio.run(go())
+    with running(tmp_path / "root", settings={"rekey_timeout_s": 2.0}) as controller:
+        asyncio.run(go(controller))
 
 
 def test_a_heartbeat_full_of_bombs_does_not_stop_the_others(controller: RunningController) -> None:
@@ -506,19 +507,23 @@ def test_a_stalled_key_exchange_ends_at_the_login_deadline(tmp_path: Path) -> No
                 while sock.recv(65536):
                     pass
                 assert time.monotonic() - began < 3
+        assert refused(controller.bound["metrics_port"])["gateway-no-login"] == 4
 
 
 def test_a_slow_request_on_a_channel_is_cut_off(tmp_path: Path) -> None:
     settings = {"header_timeout_s": 3.0, "body_timeout_s": 3.0}
     with running(tmp_path / "root", settings=settings) as controller:
 
+        async def answered(se: SimulatedSe, part: bytes) -> bytes:
+            reader, writer = await se.conn.open_connection(tunnel.CHANNEL_HOST, tunnel.CHANNEL_PORT)
+            writer.write(part)
+            return await asyncio.wait_for(reader.read(), 10)
+
         async def go() -> None:
             async with machine() as stand:
                 se = await linked(stand, controller, "slow")
-                for said in (b"", b"POST /v1/heart", b"POST /v1/heartbeat HTTP/1.1\r\nContent-Length: 9\r\n\r\n{"):
-                    reader, writer = await se.conn.open_connection(tunnel.CHANNEL_HOST, tunnel.CHANNEL_PORT)
-                    writer.write(said)
-                    answer = await asyncio.wait_for(reader.read(), 10)
+                said = (b"", b"POST /v1/heart", b"POST /v1/heartbeat HTTP/1.1\r\nContent-Length: 9\r\n\r\n{")
+                for answer in await asyncio.gather(*(answered(se, part) for part in said)):
                     assert answer.startswith(b"HTTP/1.1 408")
 
         asyncio.run(go())

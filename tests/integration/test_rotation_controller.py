@@ -420,6 +420,55 @@ def test_a_controller_that_was_cut_in_a_change_serves_again(tmp_path: Path, kind
             controller.end()
 
 
+CUT_BEFORE_THE_ENTRY = """
+import os, sys
+from appliance.cli import root
+from appliance.controller.registry import Registry
+
+commit = Registry.commit_noted
+
+async def cut(registry, changed, notes, **more):
+    if any(note.action.startswith(("trust.", "passphrase.")) for note in notes):
+        os._exit(9)
+    await commit(registry, changed, notes, **more)
+
+Registry.commit_noted = cut
+sys.exit(root.main(sys.argv[1:]))
+"""
+
+
+def test_what_was_cut_before_its_entry_is_in_the_audit_after_the_next_start(tmp_path: Path) -> None:
+    controller = RunningController(tmp_path / "root")
+    try:
+        controller.start("-c", CUT_BEFORE_THE_ENTRY)
+        with pytest.raises(UsageError, match="no change of the ca is under way"):
+            controller.operator.rotate("ca", "finish")
+        newest = controller.operator.audit()[-1].sequence
+        with pytest.raises(UnreachableError):
+            controller.operator.rotate("host-key", "begin", reason="planned")
+        controller.wait()
+        controller.start("-c", CUT_BEFORE_THE_ENTRY.replace('"trust.", ', ""))
+        with pytest.raises(UnreachableError):
+            controller.operator.set_passphrase(WORD, reason="")
+        controller.wait()
+        controller.start()
+        operator = controller.operator
+        cut, locked = operator.audit(after=newest)
+        assert (cut.action, cut.subject) == ("trust.host-key.begin.cut", "host-key")
+        assert "in force is trust document version 2, root key without a passphrase" in cut.detail
+        assert cut.detail.endswith(": planned")
+        assert locked.action == "passphrase.set.cut"
+        assert "root key under a passphrase" in locked.detail
+        assert all("uid " in entry.actor for entry in (cut, locked))
+        assert {view.kind: view.phase for view in operator.rotations()}["host-key"] == "announced"
+        controller.stop()
+        controller.start()
+        assert controller.operator.audit(after=locked.sequence) == []
+        assert controller.operator.verify_audit().intact
+    finally:
+        controller.end()
+
+
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     "verb",

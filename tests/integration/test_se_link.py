@@ -24,7 +24,6 @@ from appliance.protocol.tunnel import LinkState
 from appliance.protocol.why import Step, StepResult
 from appliance.runtime.clock import SystemClock
 from appliance.runtime.stop import StopToken
-from appliance.se import tunnel
 from appliance.se.believed import Beliefs
 from appliance.se.caller import Caller
 from appliance.se.identity import SeState
@@ -277,11 +276,8 @@ def test_classical_key_exchange_needs_the_setting(cluster: Cluster, tmp_path: Pa
 
 
 @pytest.mark.parametrize("serve", [silent, garbage, dripping], ids=lambda serve: serve.__name__)
-def test_a_gateway_that_is_none(
-    stand: Stand, monkeypatch: pytest.MonkeyPatch, serve: Callable[[socket.socket], None]
-) -> None:
-    monkeypatch.setattr(tunnel, "LOGIN_DEADLINE_S", 1.0)
-    with listener(serve) as bad:
+def test_a_gateway_that_is_none(cluster: Cluster, tmp_path: Path, serve: Callable[[socket.socket], None]) -> None:
+    with standing(tmp_path, cluster, login_timeout_s=1.0) as stand, listener(serve) as bad:
         stand.dial(bad.address)
         assert isinstance(stand.lost(within_s=5.0), TunnelError)
 

@@ -344,15 +344,14 @@ def test_an_ses_key_changes_when_asked_for_to_one_that_it_alone_has(tmp_path: Pa
                 controller.operator.rotate_se_key("changes", reason="test")
                 image = Identity.from_pkcs8(controller.bundle.image_key.encode())
                 wrong = {
-                    "by the old key": (rotation(se, new, signed_by=se.identity), "does not verify"),
-                    "for another SE": (rotation(other, new), "does not verify"),
-                    "the image key": (rotation(se, image), "already has another role"),
-                    "another SE's key": (rotation(se, other.identity), "already has another role"),
+                    "no key": (RotateKey(se_key="ssh-rsa AAAA", proof="AAAA"), "TUNNEL-029"),
+                    "by the old key": (rotation(se, new, signed_by=se.identity), "TUNNEL-048"),
+                    "for another SE": (rotation(other, new), "TUNNEL-048"),
+                    "the image key": (rotation(se, image), "TUNNEL-049"),
+                    "another SE's key": (rotation(se, other.identity), "TUNNEL-049"),
                 }
-                for what, (wish, why) in wrong.items():
-                    told = await refusal(se, wish)
-                    assert told.startswith("TUNNEL-029"), what
-                    assert why in told, what
+                for what, (wish, code) in wrong.items():
+                    assert (await refusal(se, wish)).startswith(f"{code} "), what
                 copy = twin_of(stand, controller, se)
                 assert (await copy.link()).quarantined
                 assert not (await copy.beat()).rotate_key
@@ -537,6 +536,7 @@ def test_a_link_that_never_says_hello_is_dropped(tmp_path: Path) -> None:
 
         asyncio.run(go())
         until(lambda: controller.operator.status().links == 0, what="no link")
+        assert refused(controller.bound["metrics_port"])["gateway-no-hello"] == 1
 
 
 # Named services.

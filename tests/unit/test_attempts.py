@@ -164,7 +164,7 @@ def test_a_flood_of_addresses_from_one_ipv6_network_costs_only_its_own() -> None
     assert len(attempts) == MAX_PER_SOURCE + 1
 
 
-@pytest.mark.parametrize(("char", "sources"), [("x", 100_000), ("\N{GRINNING FACE}", 3 * MAX_TRACKS)])
+@pytest.mark.parametrize(("char", "sources"), [("x", 30_000), ("\N{GRINNING FACE}", 3 * MAX_TRACKS)])
 def test_a_flood_of_sources_keeps_less_than_10_mb(char: str, sources: int) -> None:
     attempts = Attempts()
     try:

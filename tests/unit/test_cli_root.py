@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import click
+import operator_double as doubles
 import pytest
 
 from appliance.cli import context as contexts
 from appliance.cli import root
 from appliance.cli.context import CliContext
 from appliance.errors import ModeError
+from appliance.paths import Paths
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -258,6 +262,46 @@ def test_the_shell_gets_its_completions() -> None:
     assert (done.returncode, done.stdout) == (0, "plain,version\n")
     environ = {"COMP_WORDS": "appliance mode set c", "COMP_CWORD": "3", root.COMPLETE_VARIABLE: "bash_complete"}
     assert run(environ=environ).stdout == "plain,controller\n"
+
+
+def completed(line: str, place: Path) -> list[str]:
+    """What a shell that completes `line` gets."""
+    words = line.split(" ")
+    environ = {
+        "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1), root.COMPLETE_VARIABLE: "bash_complete",
+        "APPLIANCE_ROOT": str(place),
+    }  # fmt: skip
+    done = run(environ=environ)
+    assert (done.returncode, done.stderr) == (0, "")
+    return [line.removeprefix("plain,") for line in done.stdout.split()]
+
+
+def test_names_of_ses_are_completed(tmp_path: Path) -> None:
+    with doubles.serve(Paths(tmp_path).controller_socket) as double:
+        double.answers["GET /v1/ses"] = [doubles.summary(number, name=f"db-{number % 2}") for number in (1, 2, 3)]
+        assert completed("appliance se show ", tmp_path) == ["db-0", "db-1"]
+        assert completed("appliance se approve db-0 db-1", tmp_path) == ["db-1"]
+        assert completed("appliance token create --rejoin d", tmp_path) == ["db-0", "db-1"]
+        assert completed("appliance why x", tmp_path) == []
+        assert completed(f"appliance --root {tmp_path} se revoke db-1", Path("/nowhere")) == ["db-1"]
+        double.answers["GET /v1/ses"] = b"{"
+        assert completed("appliance se show ", tmp_path) == []
+
+
+@pytest.mark.parametrize("there_is", ["nothing", "no listener", "silence"])
+def test_where_no_controller_answers_nothing_is_completed(tmp_path: Path, there_is: str) -> None:
+    path = Paths(tmp_path).controller_socket
+    path.parent.mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        if there_is != "nothing":
+            short = tmp_path / "s"
+            listener.bind(str(short))
+            path.symlink_to(short)
+        if there_is == "silence":
+            listener.listen()
+        began = time.monotonic()
+        assert completed("appliance se show ", tmp_path) == []
+        assert time.monotonic() - began < 20
 
 
 def test_run_without_a_role_says_how_to_get_one(tmp_path: Path) -> None:

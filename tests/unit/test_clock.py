@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import time
+from collections.abc import Iterator
 
 import pytest
 
+from appliance.runtime import clock as clocks
 from appliance.runtime.clock import SystemClock
 
 
@@ -27,6 +29,13 @@ def test_the_offset_moves_wall_time_only() -> None:
 @pytest.mark.parametrize("told", [True, False])
 def test_being_told_is_enough(told: bool) -> None:
     assert SystemClock(synchronised=told).synchronised() is told
+
+
+@pytest.fixture(autouse=True)
+def _asked_anew() -> Iterator[None]:
+    clocks._adjtimex.cache_clear()
+    yield
+    clocks._adjtimex.cache_clear()
 
 
 class Kernel:

@@ -13,7 +13,7 @@ from controller_parts import Book, book, request, turns
 
 from appliance.controller.changes import GROUP
 from appliance.controller.records import SeRecord, encode
-from appliance.controller.store.port import Put
+from appliance.controller.store.port import OvertakenError, Put
 from appliance.errors import StoreError
 from appliance.protocol.audit import AuditEntry
 
@@ -76,7 +76,7 @@ def test_what_can_not_be_changed_fails_alone(tmp_path: Path) -> None:
             await turns(lambda: len(found.registry._changes._waiting) == len(tasks))
             before = found.store.txns
         told = [type(one).__name__ for one in await asyncio.gather(*tasks, return_exceptions=True)]
-        assert told == ["NoneType", "StoreError", "NoneType", "NotFoundError", "ZeroDivisionError"]
+        assert told == ["NoneType", "OvertakenError", "NoneType", "NotFoundError", "ZeroDivisionError"]
         assert found.store.txns - before == 1
         assert [entry.subject for entry in await spent(found)] == [first.se_id, third.se_id]
 
@@ -94,7 +94,7 @@ def test_a_group_that_fails_is_tried_one_by_one(tmp_path: Path) -> None:
             other = msgspec.structs.replace(overtaken, ticket="by another node")
             await found.store.txn([], [Put(overtaken.store_key, encode(other))])
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-        assert [type(one) for one in outcomes] == [type(None), StoreError, type(None)]
+        assert [type(one) for one in outcomes] == [type(None), OvertakenError, type(None)]
         assert [entry.subject for entry in await spent(found)] == [ses[0].se_id, ses[2].se_id]
         now = found.registry.se(overtaken.se_id)
         assert now is not None

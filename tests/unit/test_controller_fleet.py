@@ -15,17 +15,20 @@ import msgspec
 import pytest
 from controller_parts import NOW, Book, LoopClock, book, request, run_jumping
 
+from appliance import settings
 from appliance.controller.events import Events
-from appliance.controller.fleet import BURDEN_SWEEP_S, HEARTBEATS_AN_INTERVAL, SWEEP_S, Fleet, ping
-from appliance.controller.link import HEARTBEAT_BURST, Link
+from appliance.controller.fleet import BURDEN_SWEEP_S, SWEEP_S, Fleet, ping
+from appliance.controller.link import Link
 from appliance.controller.records import SeRecord
 from appliance.controller.telemetry import History
+from appliance.errors import NotFoundError
 from appliance.protocol.fleet import Reason, State
 from appliance.protocol.seed import Hints
 from appliance.protocol.standing import Act
-from appliance.protocol.tunnel import DEADLINE_S, LARGE_FLEET
+from appliance.protocol.tunnel import DEADLINE_S, LARGE_FLEET, UNKNOWN_TICKET
 
-INTERVAL_S = 5.0
+TERMS = settings.Controller()
+INTERVAL_S = TERMS.heartbeat_interval_s
 NOTICE_S = INTERVAL_S + 2 * DEADLINE_S
 """The watchdog's promise."""
 
@@ -78,8 +81,8 @@ class Stand:
     def restart(self) -> None:
         self.events = Events(self.clock.now)
         self.fleet = Fleet(
-            self.book.registry, History(history_s=3600), self.events, wall=self.clock.now,
-            monotonic=self.clock.monotonic, base_interval_s=INTERVAL_S,
+            self.book.registry, History(history_s=3600), self.events, terms=TERMS, wall=self.clock.now,
+            monotonic=self.clock.monotonic,
         )  # fmt: skip
 
     async def se(self, name: str = "", *, confirmed: bool = True) -> SeRecord:
@@ -99,7 +102,7 @@ class Stand:
         record = self.book.registry.se(se_id)
         link = Link(
             cast("asyncssh.SSHServerConnection", conn), link_id=next(_ids), se_id=se_id,
-            thumbprint=record.thumbprint if record else "", source=source, now=self.clock.monotonic(),
+            thumbprint=record.thumbprint if record else "", source=source, terms=TERMS, now=self.clock.monotonic(),
         )  # fmt: skip
         conn.on_close = lambda: self.fleet.lost(link)
         self.fleet.opened(link)
@@ -395,10 +398,11 @@ def test_a_link_that_beats_too_often_is_told_to_wait_and_stays(tmp_path: Path) -
         record, other = await stand.se(), await stand.se()
         (link, conn), (quiet, _) = stand.up(record.se_id), stand.up(other.se_id)
         waits = [stand.fleet.overdone_s(link) for _ in range(1000)]
-        assert [wait_s == 0 for wait_s in waits] == [True] * HEARTBEAT_BURST + [False] * (1000 - HEARTBEAT_BURST)
-        share_s = INTERVAL_S / HEARTBEATS_AN_INTERVAL
+        burst = TERMS.heartbeat_burst
+        assert [wait_s == 0 for wait_s in waits] == [True] * burst + [False] * (1000 - burst)
+        share_s = INTERVAL_S / TERMS.heartbeats_per_interval
         assert waits[-1] == pytest.approx(share_s)
-        assert stand.fleet.refusals["heartbeat"] == 1000 - HEARTBEAT_BURST
+        assert stand.fleet.refusals["heartbeat"] == 1000 - burst
         assert not conn.is_closed()
         assert stand.fleet.overdone_s(quiet) == 0.0, "another's share is its own"
         await asyncio.sleep(share_s)
@@ -548,6 +552,33 @@ def test_a_thousand_that_freeze_at_once_are_all_given_up_in_time(tmp_path: Path)
     run(tmp_path, act)
 
 
+# The end of a quarantine.
+
+
+def test_each_release_that_closes_links_has_an_entry_of_its_own(tmp_path: Path) -> None:
+    async def act(stand: Stand) -> None:
+        record = await stand.se()
+        entries = []
+        for reason in ("the copy is off", "now it is"):
+            # The one that is up, its copy, and one that said no hello yet; none shows a ticket in between.
+            _, first = stand.up(record.se_id)
+            copy, second = stand.link(record.se_id)
+            stand.fleet.quarantine(copy)
+            _, third = stand.link(record.se_id)
+            assert await stand.fleet.release(record, actor="ann", reason=reason) == 3
+            assert all(conn.is_closed() for conn in (first, second, third))
+            audited = await stand.book.registry.audit.read()
+            entries.append([entry.detail for entry in audited if entry.action == "se.released"])
+        assert entries == [["the copy is off"], ["the copy is off", "now it is"]]
+        released = stand.book.registry.se(record.se_id)
+        assert released is not None
+        assert released.ticket == UNKNOWN_TICKET
+        with pytest.raises(NotFoundError):
+            await stand.fleet.release(msgspec.structs.replace(record, se_id="nobody"), actor="ann", reason="")
+
+    run(tmp_path, act)
+
+
 # One ping.
 
 
@@ -581,9 +612,10 @@ def test_what_waits_unread_is_bounded_for_one_link_and_for_all(
     tmp_path: Path, waiting_mib: tuple[int, ...], closed: tuple[int, ...]
 ) -> None:
     async def act(stand: Stand) -> None:
+        terms = msgspec.structs.replace(TERMS, link_unsent_max_bytes=8 * MIB, unsent_max_bytes=10 * MIB)
         stand.fleet = Fleet(
-            stand.book.registry, History(history_s=3600), stand.events, wall=stand.clock.now,
-            monotonic=stand.clock.monotonic, base_interval_s=INTERVAL_S, max_unsent=(8 * MIB, 10 * MIB),
+            stand.book.registry, History(history_s=3600), stand.events, terms=terms, wall=stand.clock.now,
+            monotonic=stand.clock.monotonic,
         )  # fmt: skip
         made = [stand.up((await stand.se()).se_id) for _ in waiting_mib]
         for (_, conn), mib in zip(made, waiting_mib, strict=True):

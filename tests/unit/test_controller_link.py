@@ -9,8 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from appliance.controller.link import FEW, REFUSAL_BURST, REFUSALS_PER_S, WINDOW_S, Link, Minimum
+from appliance import settings
+from appliance.controller.link import FEW, WINDOW_S, Link, Minimum
 from appliance.protocol.fleet import LinkView, Reason
+
+TERMS = settings.Controller()
 
 
 def test_nothing_measured_is_none() -> None:
@@ -76,8 +79,9 @@ class Conn:
 def made() -> tuple[Link, Conn]:
     conn = Conn()
     return Link(
-        cast("asyncssh.SSHServerConnection", conn), link_id=1, se_id="s", thumbprint="k", source="192.0.2.1", now=5.0
-    ), conn
+        cast("asyncssh.SSHServerConnection", conn), link_id=1, se_id="s", thumbprint="k", source="192.0.2.1",
+        terms=TERMS, now=5.0,
+    ), conn  # fmt: skip
 
 
 def test_a_fresh_link_has_nothing_to_show() -> None:
@@ -111,9 +115,9 @@ def test_the_first_reason_counts_and_every_close_cuts() -> None:
 
 def test_who_is_refused_again_and_again_has_to_wait() -> None:
     link, _ = made()
-    assert not any(link.was_refused(0.0) for _ in range(int(REFUSAL_BURST)))
+    assert not any(link.was_refused(0.0) for _ in range(TERMS.refusal_burst))
     assert link.was_refused(0.0)
-    later_s = 2 / REFUSALS_PER_S
+    later_s = 2 / TERMS.refusal_rate_per_s
     assert [link.was_refused(later_s) for _ in range(3)] == [False, False, True]
 
 

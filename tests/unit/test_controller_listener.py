@@ -21,7 +21,7 @@ import uvloop
 
 from appliance.controller import listener
 from appliance.controller.descriptors import Descriptors
-from appliance.controller.listener import FrontEnd, HttpLimits, TlsListener, Turns, peer_address
+from appliance.controller.listener import FrontEnd, GuardedProtocol, HttpLimits, TlsListener, Turns, peer_address
 from appliance.controller.web import Endpoint, Request, Response, application
 from appliance.pki import tls
 from appliance.pki.authority import Authority
@@ -57,7 +57,9 @@ def pems(tmp_path_factory: pytest.TempPathFactory) -> Pems:
 class Server:
     """A listener with three endpoints, and what it was told."""
 
-    def __init__(self, pems: Pems, *, hurry: bool = False, most: int = 1000, per_source: int = 1000) -> None:
+    def __init__(
+        self, pems: Pems, *, hurry: bool = False, most: int = 1000, per_source: int = 1000, limits: HttpLimits = PATIENT
+    ) -> None:
         self.pems = pems
         self.handled: list[str] = []
         self.handshakes: list[tuple[str, str]] = []
@@ -69,7 +71,7 @@ class Server:
             Endpoint("POST", "/echo", self._echo, "", {200: None}, bytes),
         ]
         self.front = FrontEnd(
-            application("test", endpoints, max_body=LIMITS.max_body_bytes), LIMITS if hurry else PATIENT
+            application("test", endpoints, max_body=LIMITS.max_body_bytes), LIMITS if hurry else limits
         )
         self.sock = socket.create_server(("127.0.0.1", 0), backlog=512)
         self.listener = TlsListener(
@@ -257,6 +259,33 @@ def test_a_connection_that_ended_is_gone_without_the_collector(run: Callable[...
     run(act)
 
 
+def test_a_handshake_that_failed_leaves_nothing_for_the_collector(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[GuardedProtocol]] = []
+    make = FrontEnd.protocol
+
+    def noted(front: FrontEnd, **terms: Any) -> GuardedProtocol:
+        protocol = make(front, **terms)
+        made.append(weakref.ref(protocol))
+        return protocol
+
+    async def act(server: Server) -> None:
+        gc.disable()
+        try:
+            client = await server.plain()
+            client.say(b"GET / HTTP/1.1\r\n\r\n")
+            await until(lambda: server.handshakes)
+            await until(lambda: made[0]() is None)
+        finally:
+            gc.enable()
+        assert server.front.refusals["handshake"] == 1
+        await client.close()
+
+    monkeypatch.setattr(FrontEnd, "protocol", noted)
+    run(act)
+
+
 def test_pipelined_requests_are_answered_in_order(run: Callable[..., None]) -> None:
     async def act(server: Server) -> None:
         client = await server.client()
@@ -267,6 +296,27 @@ def test_pipelined_requests_are_answered_in_order(run: Callable[..., None]) -> N
         answers = [await client.answer() for _ in range(5)]
         assert [body for _, body in answers] == [b"slow", b"one", b"hello 127.0.0.1", b"two", b"three"]
         await client.close()
+
+    run(act)
+
+
+def test_as_many_requests_as_may_wait_are_answered_and_one_more_ends_the_connection(run: Callable[..., None]) -> None:
+    async def act(server: Server) -> None:
+        for more in (0, 1):
+            server.release.clear()
+            server.handled.clear()
+            client = await server.client()
+            client.say(SLOW)
+            await until(lambda: server.handled == ["slow"])
+            client.say(*[HELLO] * (LIMITS.max_queued + more))
+            if more:
+                assert await client.answer() == (429, b"")
+                await client.ended(within_s=10)
+            else:
+                server.release.set()
+                assert [(await client.answer())[0] for _ in range(LIMITS.max_queued + 1)] == [200] * 17
+            assert server.front.refusals["429"] == more, more
+            await client.close()
 
     run(act)
 
@@ -469,9 +519,10 @@ def test_who_trickles_is_cut_off_by_the_whole_not_by_the_byte(
     run(act, hurry=True)
 
 
-def test_of_too_many_requests_in_part_the_first_is_given_up(run: Callable[..., None]) -> None:
+def test_of_too_many_requests_in_part_the_first_is_read_no_further(run: Callable[..., None]) -> None:
+    """And ends at its deadline: given up at once, it would be back at once."""
+
     async def act(server: Server) -> None:
-        server.front.limits = PATIENT._replace(max_begun=2)
         slow = [await server.client() for _ in range(3)]
         whole = await server.client()
         for client in slow:
@@ -479,9 +530,11 @@ def test_of_too_many_requests_in_part_the_first_is_given_up(run: Callable[..., N
             # Said one after the other: the order is what is judged.
             whole.say(HELLO)
             assert (await whole.answer())[0] == 200
-        assert await slow[0].answer() == (408, b"")
+        assert server.front.refusals["begun"] == 1
+        slow[0].say(b": y\r\n\r\n")
         slow[1].say(b": y\r\n\r\n")
         assert (await slow[1].answer())[0] == 200
+        assert await slow[0].answer() == (408, b"")
         slow[0] = await server.client()
         slow[0].say(b"POST /echo HTTP/1.1\r\nContent-Length: 2\r\n\r\nx")
         whole.say(HELLO)
@@ -494,7 +547,7 @@ def test_of_too_many_requests_in_part_the_first_is_given_up(run: Callable[..., N
         for client in (*slow, whole):
             await client.close()
 
-    run(act)
+    run(act, limits=PATIENT._replace(header_timeout_s=2.0, max_begun=2))
 
 
 def test_a_quiet_connection_is_closed_without_a_word(run: Callable[..., None]) -> None:

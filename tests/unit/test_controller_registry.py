@@ -14,7 +14,7 @@ from controller_parts import NOW, Book, book, request, turns
 from appliance.controller import records
 from appliance.controller.records import ImageKeyRecord, SeRecord
 from appliance.controller.registry import Registry, drift
-from appliance.controller.store.port import Put
+from appliance.controller.store.port import OvertakenError, Put
 from appliance.errors import NotFoundError, StoreError, UsageError
 from appliance.pki import ssh_keys
 from appliance.protocol import standing
@@ -394,7 +394,7 @@ def test_of_two_changes_from_one_record_one_holds(tmp_path: Path) -> None:
         outcomes = await asyncio.gather(
             *(found.registry.update_se(se, changed) for changed in tickets), return_exceptions=True
         )
-        assert [type(one) for one in outcomes].count(StoreError) == 1
+        assert [type(one) for one in outcomes].count(OvertakenError) == 1
         await found.registry.note(actor="a", action="x", subject="s")
         await agrees(found)
 

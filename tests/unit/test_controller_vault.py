@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 
 import pytest
 
-from appliance.controller import material
+from appliance.controller import material, trust
 from appliance.controller.material import Files, Material
+from appliance.controller.rotation import Kind, Rotation, make_root
 from appliance.controller.trust import Publication
 from appliance.controller.vault import MAX_WAIT_S, Vault
 from appliance.errors import PassphraseError, StorageError, TooSoonError, UsageError, WrongPassphraseError
@@ -33,9 +35,9 @@ class Stand:
         )  # fmt: skip
         self.at, self.switched = 0.0, 0
         self.material = Material(files)
-        publication = Publication(self.material, on_publish=lambda _: None, wall=lambda: NOW)
+        self.publication = Publication(self.material, on_publish=lambda _: None, wall=lambda: NOW)
         self.vault = Vault(
-            self.material, publication, on_switch=self._switched, wall=lambda: NOW, monotonic=lambda: self.at
+            self.material, self.publication, on_switch=self._switched, wall=lambda: NOW, monotonic=lambda: self.at
         )
 
     def _switched(self) -> None:
@@ -140,6 +142,73 @@ def test_a_locked_root_without_its_issuing_ca_or_with_another_roots_is_named(tmp
     files.issuing_key.unlink()
     with pytest.raises(StorageError, match=r"issuing-ca.key is missing"):
         Material(files)
+
+
+def revoked_keys(count: int) -> list[str]:
+    return [f"{number:064x}" for number in range(count)]
+
+
+def state_of(files: Files) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in files.state.rglob("*") if path.is_file()}
+
+
+def test_a_trust_document_too_large_to_be_read_again_is_refused_before_anything_is_stored(tmp_path: Path) -> None:
+    """Stored, no start of this node would read it."""
+    stand = Stand(tmp_path / "state", WORD)
+    files, publication = stand.material.files, stand.publication
+
+    async def revoke() -> None:
+        await stand.vault.renew_issuing(WORD, revoke=True)
+
+    with stand.material.unlocked(stand.material.unlock(WORD)):
+        publication.publish(revoked_node_keys=revoked_keys(2000))
+        assert publication.problem() == ""
+        publication.publish(revoked_node_keys=revoked_keys(2650))
+    assert "the trust document has 23" in publication.problem()
+    asyncio.run(revoke())
+    with stand.material.unlocked(stand.material.unlock(WORD)):
+        for more in (2740, 4000):
+            with pytest.raises(UsageError, match="at most 245760 expected; ") as refused:
+                publication.publish(revoked_node_keys=revoked_keys(more))
+        assert "without --revoke" in refused.value.hint
+        for count in range(2660, 2740):  # to the last one that there is room for
+            with contextlib.suppress(UsageError):
+                publication.publish(revoked_node_keys=revoked_keys(count))
+    before = state_of(files)
+    with pytest.raises(UsageError, match="revoked keys are in it"):
+        asyncio.run(revoke())
+    assert state_of(files) == before
+    assert Material(files).trust == stand.material.trust
+    # What the hint says can still be done: the revoked keys leave room for it.
+    asyncio.run(stand.vault.renew_issuing(WORD, revoke=False))
+    rotation = Rotation(stand.material, publication, waiting=lambda _: [], on_switch=lambda _: None, wall=lambda: NOW)
+    for kind in Kind:
+        with stand.material.unlocked(stand.material.unlock(WORD)):
+            rotation.begin(kind, make_root("c-1", now=NOW, passphrase=WORD) if kind is Kind.CA else None)
+    for kind in Kind:
+        with stand.material.unlocked(stand.material.unlock(WORD)):
+            rotation.finish(kind)
+    assert Material(files).trust.roots != [before[files.root_certificate].decode()]
+
+
+def test_a_change_that_the_trust_document_has_no_room_for_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand = Stand(tmp_path / "state", None)
+    files = stand.material.files
+    monkeypatch.setattr(trust, "MAX_TRUST_BYTES", len(files.trust.read_bytes()) + 50)
+    rotation = Rotation(
+        stand.material, stand.publication, waiting=lambda _: [], on_switch=lambda _: None, wall=lambda: NOW
+    )
+    before = state_of(files)
+    for kind in Kind:
+        with pytest.raises(UsageError, match="the trust document would have"):
+            rotation.begin(kind)
+        assert rotation.view(kind).phase == "none"
+        after = state_of(files)
+        after.pop(files.state / "rotation.json")
+        assert after == before
+        assert stand.material.successor is None
 
 
 def test_a_request_with_a_passphrase_never_shows_it() -> None:

@@ -107,6 +107,12 @@ def test_a_broken_construct_of_several_lines_is_not_tried_for_ever(load: Load) -
     assert 1 <= len(problems(load, '[log]\nlevel = """abc\n\n\n')) <= 3
 
 
+@pytest.mark.parametrize("brackets", [1_000, 100_000])
+def test_brackets_within_brackets_are_a_problem_like_others(load: Load, brackets: int) -> None:
+    (found,) = problems(load, "[log]\nlevel = " + "[" * brackets)
+    assert "level" in found or "too deep" in found
+
+
 def test_an_invisible_character_is_placed_rightly(load: Load) -> None:
     found = problems(load, "[log]\r\n\x0b\nlevel = 1\n")
     assert [line.split(":")[1] for line in found] == ["2", "3"]

@@ -48,6 +48,13 @@ class LeaseError(StoreError):
     code = "STORE-003"
 
 
+class OvertakenError(StoreError):
+    """What was to be changed had been changed meanwhile; nothing was stored."""
+
+    code = "STORE-004"
+    retryable = True
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """A key's newest state. In a delete event: the revision of the deletion as `mod_revision`, the rest empty."""

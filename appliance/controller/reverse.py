@@ -29,8 +29,10 @@ from appliance.runtime.peer import tcp_peer_uid
 _log = logging.getLogger(__name__)
 
 OPEN_TIMEOUT_S = 10.0
-CHECKS_AT_ONCE = 8
-"""Key exchanges with SEs' sshds under way at once, so that a storm of links isn't slowed by its checks."""
+CHECKS_AT_ONCE = 32
+"""Key exchanges with SEs' sshds under way at once. Each waits for its SE several times, and each time for log-ins on a
+busy loop: in a storm of 3,000 SEs 650 were UP when it was half over with eight, 1,550 with 32, and the last as soon.
+"""
 CHECK_TIMEOUT_S = 15.0
 CHECK_AGAIN_S = (2.0, 5.0, 15.0, 30.0)
 """Pauses after failed checks; the last one repeats."""

@@ -48,7 +48,6 @@ QUICK = {
     "redial_first_s": 0.1,
     "redial_most_s": 1.0,
     "connect_timeout_s": 2.0,
-    "login_timeout_s": 8.0,
     "telemetry_interval_s": 0.5,
     "retry_most_s": 1.0,
 }

@@ -22,7 +22,7 @@ SAMPLES_APART_S = 2.0
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Site, RealSe]]:
     """A controller and one SE that is UP."""
     with site(tmp_path_factory.mktemp("cut")) as found:
-        se = found.se("se-1").start()
+        se = found.se("se-1", settings={"login_timeout_s": 6.0}).start()
         found.until_up(se)
         yield found, se
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -13,7 +16,9 @@ from rig import until
 from rough import RoughCable, judged
 from traffic import ECHO, Traffic, echo_service, forwarded
 
+from appliance.protocol.tunnel import STEADY_AFTER_S
 from appliance.protocol.why import Step
+from appliance.runtime.backoff import FLOOR_S
 
 
 class Place(NamedTuple):
@@ -190,3 +195,44 @@ def test_flapping_makes_no_storm_and_heals(place: Place, seconds: float) -> None
         )
         assert "its link was lost" in told
     assert at.controller.operator.se("se-1").alarms == []
+
+
+def redials(se: RealSe) -> list[float]:
+    """How long the SE waited after each link that was lost or didn't come up, seconds, as its log tells."""
+    waits, lost_at = [], 0.0
+    for entry in map(json.loads, se.logged().rpartition("\n")[0].splitlines()):  # the last line may be half there
+        at = datetime.fromisoformat(entry["time"]).timestamp()
+        if " lost: " in entry["message"] or " did not come up: " in entry["message"]:
+            lost_at = at
+        elif "idle -> dialing" in entry["message"] and lost_at:
+            waits.append(at - lost_at)
+    return waits
+
+
+@pytest.mark.slow
+def test_the_back_off_outlives_short_links_and_starts_over_after_a_steady_one(tmp_path: Path) -> None:
+    """After a link that lived a moment the delay is what it has grown to, after one that was steady the first again."""
+    first_s, most_s = FLOOR_S, 4.0  # so that the first delay is the floor itself, and no draw can hide what it was
+    with site(tmp_path) as at:
+        se = at.se("se-1", settings={"redial_first_s": first_s, "redial_most_s": most_s}).start()
+        at.until_up(se)
+
+        def lose() -> float:
+            """Resets the link and waits for the next one; returns the delay before it was dialled."""
+            before = len(redials(se))
+            at.ssh.reset()
+            until(lambda: len(redials(se)) > before, what="the SE redials", deadline_s=most_s + 5.0)
+            at.until_up(se, deadline_s=most_s + 5.0)
+            return redials(se)[before]
+
+        grown = [lose() for _ in range(7)]
+        while max(grown) <= 1.0:  # drawn between nothing and 4 s by now: three in four are longer
+            grown.append(lose())
+            assert len(grown) < 20, f"links that lived a moment start it over: {grown}"
+        up_since = time.monotonic()
+        until(
+            lambda: time.monotonic() - up_since > STEADY_AFTER_S, what="it is steady", deadline_s=STEADY_AFTER_S + 5.0
+        )
+        assert at.is_up(se)
+        fresh = [lose() for _ in range(3)]
+        assert all(wait < first_s * 2**n + 0.3 for n, wait in enumerate(fresh)), f"{grown}, then {fresh}"

@@ -36,6 +36,7 @@ _TOO_LARGE = (413, b"Content Too Large")
 _HEADERS_TOO_LARGE = (431, b"Request Header Fields Too Large")
 MIN_HANDSHAKE_S = 0.01
 """Left of the time for a handshake to one that spoke in its last moment."""
+_SET_ASIDE_BYTES = 64 * 1024
 PATIENT = 0.7
 """Part of the time for a handshake that each client has to say something; between it and the whole, at random."""
 HANDSHAKES_A_TURN = 2
@@ -223,6 +224,8 @@ class GuardedProtocol(HttpToolsProtocol):
         """
         self._front.ended(self)
         self._refusals["begun"] += 1
+        # Of what still comes no more than this is taken from the kernel; a TLS record, of which it is made, has 16 KiB.
+        self.transport.set_read_buffer_limits(high=_SET_ASIDE_BYTES)  # type: ignore[attr-defined]  # each TLS one has it
         self.transport.pause_reading()
 
     def too_slow(self) -> None:

@@ -41,7 +41,7 @@ THERE = frozenset({LinkState.LINKED, LinkState.UP, LinkState.QUARANTINED})
 """States in which the controller knows this SE at the other end."""
 SILENT_HINT = (
     "the SE dials again by itself; `appliance doctor` on the controller tells whether its daemon hangs, "
-    "the way there may be cut, and something else may answer at that address"
+    "the way there may be cut, or drop what is too large for it (MTU), and something else may answer at that address"
 )
 UNCONFINED = "TUNNEL-044"
 """Code: the gateway granted what the self-test wanted."""

@@ -202,7 +202,7 @@ async def enrollments(at: Target, count: int, end: float) -> None:
 
 FLOODS = (
     Flood(silent, 300, 5000, ("enroll-connection", "gateway-connection")),
-    Flood(slow_loris, 30, 500, ("enroll-408",)),
+    Flood(slow_loris, 30, 500, ("enroll-408", "enroll-begun")),
     Flood(huge_headers, 2, 8, ("enroll-431",)),
     Flood(channels, 500, 5000, ("gateway-channel",)),
     Flood(unread, 1, 1, ("link-unread",)),

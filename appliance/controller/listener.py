@@ -57,7 +57,7 @@ class HttpLimits(NamedTuple):
     """From the first byte of a request (or from connecting) to the end of its headers."""
     body_timeout_s: float
     keep_alive_s: int
-    max_queued: int = 16
+    max_queued: int
     """Requests that may wait behind the one that is answered."""
     max_begun: int = sys.maxsize
     """Requests that may be there in part, on all connections: each piece of each costs the loop a moment."""

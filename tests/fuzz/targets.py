@@ -203,7 +203,7 @@ def run_http(raw: bytes) -> bool:
     async def go() -> bool:
         failed: list[str] = []
         asyncio.get_running_loop().set_exception_handler(lambda _loop, context: failed.append(str(context)))
-        front = FrontEnd(_application(), HttpLimits(1024, 2048, 5.0, 5.0, 5))
+        front = FrontEnd(_application(), HttpLimits(1024, 2048, 5.0, 5.0, 5, 16))
         wire, protocol = _Wire(), front.protocol(source="192.0.2.1")
         protocol.connection_made(wire)
         for piece in pieces(raw):

@@ -16,7 +16,9 @@ from appliance.controller.web import Endpoint, ProblemError, Request, Response, 
 from appliance.protocol.strict_json import MalformedError
 
 PATH = "/v1/heartbeat"
-LIMITS = HttpLimits(max_header_bytes=1024, max_body_bytes=4096, header_timeout_s=60, body_timeout_s=60, keep_alive_s=1)
+LIMITS = HttpLimits(
+    max_header_bytes=1024, max_body_bytes=4096, header_timeout_s=60, body_timeout_s=60, keep_alive_s=1, max_queued=16
+)
 
 
 class Server:

@@ -16,8 +16,9 @@ import msgspec
 
 from appliance import settings
 from appliance.controller.events import Events
-from appliance.controller.link import Link, unsent_bytes
+from appliance.controller.link import Link
 from appliance.controller.losses import Lately, Losses
+from appliance.controller.pace import paced
 from appliance.controller.records import SeRecord
 from appliance.controller.registry import Registry, drift
 from appliance.controller.telemetry import History
@@ -271,24 +272,21 @@ class Fleet:
                 self._drop_burdens(now)
 
     def _drop_burdens(self, now: float) -> None:
-        """Closes links whose peer makes us keep what it doesn't read, or begins a key exchange and leaves it."""
-        most, most_of_all = self._terms.link_unsent_max_bytes, self._terms.unsent_max_bytes
-        rekey_s = self._terms.rekey_timeout_s
+        """Closes links whose peers together make us keep what they don't read, or begin a key exchange and leave it."""
+        most_of_all, rekey_s = self._terms.unsent_max_bytes, self._terms.rekey_timeout_s
         waiting: list[tuple[int, Link]] = []
         # Ten thousand links rest each second: what is done for each is done here, in one expression.
         burdens = [
             link
             for links in self._open.values()
             for link in links.values()
-            if link.rekeys_since or link.is_rekeying or unsent_bytes(link.conn)
+            if link.rekeys_since or link.is_rekeying or paced(link.conn).unsent_bytes
         ]
         for link in burdens:
-            unsent = unsent_bytes(link.conn)
+            unsent = paced(link.conn).unsent_bytes
             if unsent:
                 waiting.append((unsent, link))
-            if unsent > most:
-                self._unread(link, f"more than {most >> 20} MiB wait for it")
-            elif not link.is_rekeying:
+            if not link.is_rekeying:
                 link.rekeys_since = 0.0
             elif not link.rekeys_since:
                 link.rekeys_since = now
@@ -302,6 +300,11 @@ class Fleet:
             if not link.is_gone:
                 total -= unsent
                 self._unread(link, f"more than {most_of_all >> 20} MiB wait for all links, the most for it")
+
+    def unread(self, link: Link) -> None:
+        """More waits for one link than may."""
+        if not link.is_gone:
+            self._unread(link, f"more than {self._terms.link_unsent_max_bytes >> 20} MiB wait for it")
 
     def _unread(self, link: Link, what: str) -> None:
         self.refusals["unread"] += 1

@@ -14,7 +14,6 @@ from appliance.protocol.fleet import LinkView, Reason
 
 if TYPE_CHECKING:
     import asyncssh
-    from asyncssh.connection import SSHConnection
 
     from appliance import settings
 
@@ -226,15 +225,3 @@ class Link:
     def is_rekeying(self) -> bool:
         """Whether a key exchange is under way."""
         return not self.conn._kex_complete  # noqa: SLF001 - asyncssh has no name for it
-
-
-def unsent_bytes(conn: SSHConnection) -> int:
-    """Bytes that wait in a connection: in its socket's buffer, or held back while keys are exchanged.
-
-    asyncssh has no back-pressure from either, and no name for them.
-    """
-    transport = conn._transport  # noqa: SLF001
-    waiting: int = transport.get_write_buffer_size() if transport is not None else 0
-    if not conn._deferred_packets:  # noqa: SLF001
-        return waiting
-    return waiting + sum(len(part) for _, parts in conn._deferred_packets for part in parts)  # noqa: SLF001

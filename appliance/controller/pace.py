@@ -5,6 +5,9 @@ asks `may_feed` first; it stops while the socket takes nothing more, while its c
 while keys are exchanged, and is told when it may go on. So heartbeats' answers find at most what
 `protocol.window.Rate.queue_bytes` says before them. Those who waited longest go on first.
 
+What else waits for a peer that doesn't read is weighed as it grows: a fast machine answers requests with a hundred
+megabytes in half a second.
+
 And what a peer sent is read only for so long in one turn of the loop: a quarter of a megabyte of requests that are
 refused one by one would keep all other links waiting. `rest` leaves a peer unread for a while.
 """
@@ -14,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import asyncssh
@@ -70,8 +74,42 @@ class PacedConnection(SSHConnection):
     pace: Pace | None = None
     rests = False
     """Whether nothing is read of it for now."""
+    deferred_bytes = 0
+    """What waits for the end of a key exchange."""
     _is_paused = False
     _rests_until = 0.0
+    _most_unsent = 0
+    _tell_unread: Callable[[], None] | None = None
+
+    @property
+    def unsent_bytes(self) -> int:
+        """What waits in the connection: in its socket's buffer, or for new keys. asyncssh limits neither."""
+        waiting = 0 if self._transport is None else self._transport.get_write_buffer_size()
+        return self.deferred_bytes + waiting
+
+    def limit_unsent(self, most: int, tell: Callable[[], None]) -> None:
+        """Calls `tell` once, in a turn of its own, as soon as more than `most` bytes wait unsent."""
+        self._most_unsent, self._tell_unread = most, tell
+
+    def send_packet(self, pkttype: int, *args: bytes, handler: Any = None) -> None:
+        deferred = len(self._deferred_packets)
+        super().send_packet(pkttype, *args, handler=handler)
+        if len(self._deferred_packets) > deferred:
+            self.deferred_bytes += sum(map(len, args))
+        elif not self.is_full:
+            return
+        if self._tell_unread is not None and self.unsent_bytes > self._most_unsent:
+            self._loop.call_soon(self._tell_unread)
+            self._tell_unread = None
+
+    def _send_deferred_packets(self) -> None:
+        # Those that have to wait once more are counted once more.
+        self.deferred_bytes = 0
+        super()._send_deferred_packets()
+
+    def connection_lost(self, exc: Exception | None = None) -> None:
+        self._tell_unread = None
+        super().connection_lost(exc)
 
     def _recv_data(self) -> None:
         """Reads what came, as asyncssh does, for `TURN_S` at most."""

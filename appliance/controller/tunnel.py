@@ -328,6 +328,7 @@ class Peer(asyncssh.SSHServer):
             now=gateway.monotonic(),
         )
         self._link.on_up = self._leave_slot
+        paced(conn).limit_unsent(gateway.terms.link_unsent_max_bytes, self._unread)
         gateway.slots.logged_in()
         gateway.links += 1
         gateway.empty.clear()
@@ -343,6 +344,10 @@ class Peer(asyncssh.SSHServer):
         if link is not None and not link.ticket and not link.quarantined:
             self._gateway.refusals["no-hello"] += 1
             link.close(Reason.LINK_LOST, "no hello was accepted on the link")
+
+    def _unread(self) -> None:
+        if self._link is not None:
+            self._gateway.fleet.unread(self._link)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._leave_slot()

@@ -274,10 +274,18 @@ async def flood_until_closed(controller: RunningController, se: SimulatedSe, sen
     return highest - before
 
 
-def test_a_link_that_asks_and_never_reads_is_closed(controller: RunningController) -> None:
+def leave_keys_lie(se: SimulatedSe) -> None:
+    """Begins a key exchange, leaves the answer lie, and lets the client go on as if it had not asked."""
+    se.conn._packet_handlers = {**se.conn._packet_handlers, asyncssh.constants.MSG_KEXINIT: lambda *_: True}
+    se.conn._send_kexinit()
+    se.conn._kex_complete = True
+
+
+@pytest.mark.parametrize("rekeying", [False, True], ids=["unread", "without keys"])
+def test_a_link_that_asks_and_never_reads_is_closed(controller: RunningController, *, rekeying: bool) -> None:
     async def go() -> None:
         async with machine() as stand:
-            se = await linked(stand, controller, "never-reads")
+            se = await linked(stand, controller, "leaves-keys-lie" if rekeying else "never-reads")
             factory = asyncssh.SSHTCPSession
             channels = [
                 (await se.conn.create_connection(factory, tunnel.CHANNEL_HOST, tunnel.CHANNEL_PORT, window=2**31 - 1))[
@@ -286,12 +294,19 @@ def test_a_link_that_asks_and_never_reads_is_closed(controller: RunningControlle
                 for _ in range(8)
             ]
 
+            if rekeying:
+                # All answers wait for new keys, which the client leaves lie.
+                leave_keys_lie(se)
+
             def send() -> None:
                 for channel in channels:
                     if not channel.is_closing():
                         channel.write(b"GET /v1/openapi.json HTTP/1.1\r\nHost: c\r\n\r\n")
 
-            assert await flood_until_closed(controller, se, send) < 64
+            # 8 of them are what may wait.
+            assert await flood_until_closed(controller, se, send) < 24
+            told = controller.operator.se(se.name).summary.text
+            assert told == "more than 8 MiB wait for it, and it doesn't read"
 
     asyncio.run(go())
 
@@ -325,10 +340,7 @@ def test_a_key_exchange_that_is_begun_and_never_ended_is_cut_off(tmp_path: Path)
         async with machine() as stand:
             se = await linked(stand, controller, "rekeys")
             _, writer = await se.conn.open_connection(tunnel.CHANNEL_HOST, tunnel.CHANNEL_PORT)
-            # The client leaves the answer lie, and goes on as if it had not asked.
-            se.conn._packet_handlers = {**se.conn._packet_handlers, asyncssh.constants.MSG_KEXINIT: lambda *_: True}
-            se.conn._send_kexinit()
-            se.conn._kex_complete = True
+            leave_keys_lie(se)
             beat = request(tunnel.HEARTBEAT_PATH, strict_json.encode(Heartbeat(sequence=1, time=0.0)))
             ends_at = time.monotonic() + 20
             while not controller.state("rekeys").startswith("DOWN"):

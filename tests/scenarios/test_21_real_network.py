@@ -198,7 +198,8 @@ def place(network: Network, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         echo_service() as echo,
         site(tmp_path_factory.mktemp("net"), address=network.controller, services={ECHO: f"127.0.0.1:{echo}"}) as found,
     ):
-        se = found.se("se-1", prefix=network.inside(network.se))
+        # Longer than a kernel that looks for the MTU itself takes: it begins after 6.2 s of retransmissions.
+        se = found.se("se-1", settings={"login_timeout_s": 10.0}, prefix=network.inside(network.se))
         port = forwarded(se)
         se.start()
         found.until_up(se)

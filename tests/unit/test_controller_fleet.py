@@ -43,8 +43,7 @@ class Conn:
         self.pings: list[float] = []
         self.closed_at: float | None = None
         self.on_close: Callable[[], None] = lambda: None
-        self._transport = None
-        self._deferred_packets: list[tuple[int, tuple[bytes, ...]]] = []
+        self.unsent_bytes = 0
         self._kex_complete = True
 
     async def _make_global_request(self, name: bytes) -> tuple[int, None]:
@@ -605,21 +604,20 @@ MIB = 1 << 20
         ((3, 3, 5), (2,)),  # one byte more is the greediest's end
         ((4, 1, 6), (2,)),
         ((6, 6, 6), (0, 1)),  # as many as it takes
-        ((9, 0, 1), (0,)),  # too much for one alone
     ],
 )
-def test_what_waits_unread_is_bounded_for_one_link_and_for_all(
+def test_what_waits_unread_for_all_is_bounded(
     tmp_path: Path, waiting_mib: tuple[int, ...], closed: tuple[int, ...]
 ) -> None:
     async def act(stand: Stand) -> None:
-        terms = msgspec.structs.replace(TERMS, link_unsent_max_bytes=8 * MIB, unsent_max_bytes=10 * MIB)
+        terms = msgspec.structs.replace(TERMS, unsent_max_bytes=10 * MIB)
         stand.fleet = Fleet(
             stand.book.registry, History(history_s=3600), stand.events, terms=terms, wall=stand.clock.now,
             monotonic=stand.clock.monotonic,
         )  # fmt: skip
         made = [stand.up((await stand.se()).se_id) for _ in waiting_mib]
         for (_, conn), mib in zip(made, waiting_mib, strict=True):
-            conn._deferred_packets = [(0, (bytes(mib * MIB),))]
+            conn.unsent_bytes = mib * MIB
         async with stand.watched():
             await asyncio.sleep(BURDEN_SWEEP_S + 2 * SWEEP_S)
         assert tuple(index for index, (_, conn) in enumerate(made) if conn.is_closed()) == closed

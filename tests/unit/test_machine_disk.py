@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -228,6 +229,7 @@ def test_an_iso_of_ours_is_read() -> None:
         found.files(["seed.json"], max_bytes=4)
 
 
+@pytest.mark.skipif(shutil.which("xorriso") is None, reason="xorriso is not installed")
 @pytest.mark.parametrize("names", [["-r"], ["-J"], []])
 def test_an_iso_of_another_tool_is_read(tmp_path: Path, names: list[str]) -> None:
     folder = tmp_path / "files"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+import psutil
 from rig import refused
 
 from appliance.errors import ApplianceError
@@ -59,8 +60,8 @@ PATIENCE_S = 60.0
 """After so long without another SE coming up, what is there is measured."""
 SETTLE_S = 15.0
 """After the last SE came up: `lab fleet` begins to count, and the reverse paths' checks are over."""
-PEER_LINKS = 2000
-"""At most: 3 GB of memory, and half a minute or more of log-ins."""
+PEER_LINK_BYTES = 1_700_000
+"""What sshd takes for one at most: it gets as many as there are SEs, or as three quarters of the free memory hold."""
 SETTINGS = {
     "enroll_rate_per_s": 100_000.0, "enroll_burst": 100_000, "source_rate_per_s": 100_000.0, "source_burst": 100_000,
     "image_key_rate_per_s": 100_000.0, "image_key_burst": 100_000,
@@ -95,7 +96,7 @@ def run(stand: Stand, options: Options) -> Report:
     """Measures the controller, then sshd."""
     with stand.place() as place:
         measured, report = _fleet(stand, place / "controller", options)
-        peer_links = min(options.ses, PEER_LINKS)
+        peer_links = min(options.ses, int(0.75 * psutil.virtual_memory().available / PEER_LINK_BYTES))
         logins_per_s, per_link_bytes = _sshd(stand, place, peer_links)
     notes = [
         f"{stand.what}; {options.ses} SEs, {measured.seconds:.0f} s measured, fleet and controller on the same cores",
@@ -114,7 +115,8 @@ def run(stand: Stand, options: Options) -> Report:
     else:
         theirs = per_link_bytes * options.ses / MB
         notes.append(
-            f"sshd: {per_link_bytes / 1024:.0f} KiB a connection (PSS, measured with {peer_links}, multiplied)"
+            f"sshd: {per_link_bytes / 1024:.0f} KiB a connection (PSS), {peer_links} of them"
+            f"{', multiplied' if peer_links < options.ses else ''}"
         )
     goals = next((entry for entry in GOALS if options.ses <= entry.ses), None)
     rows = [

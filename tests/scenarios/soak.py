@@ -120,10 +120,17 @@ class Soak:
         return {self.at.controller.process.pid: "controller", **{se.pid: se.name for se in self.ses}}
 
     def look(self) -> None:
-        """Notes newcomers at their first rest."""
-        for pid, name in self.pids().items():
-            if pid not in self.lives:
-                self.lives[pid] = (name, time.monotonic(), Held.by(pid), resident_bytes(pid))
+        """Notes newcomers at their first rest, with the connections of local programs that each link carries."""
+        newcomers = {pid: name for pid, name in self.pids().items() if pid not in self.lives}
+        if newcomers:
+            try:
+                for traffic in self.traffic:
+                    traffic.flows()
+            except AssertionError as error:
+                self.problems.append(f"all are UP, but nothing flows: {error}")
+                raise
+        for pid, name in newcomers.items():
+            self.lives[pid] = (name, time.monotonic(), Held.by(pid), resident_bytes(pid))
 
     def account(self) -> None:
         """Looks at what all living processes hold now."""

@@ -343,6 +343,21 @@ def test_a_router_that_forgets_and_picks_up(place: Place) -> None:
     assert network.ports(at.controller.ssh_port, *ESTABLISHED) == [own]
 
 
+def test_a_router_that_loses_some_of_all(place: Place) -> None:
+    """Each twentieth packet, either way, more than a bad radio link: TCP sends it again, and nobody notices."""
+    at, se, network, traffic = place
+    with struck(place) as since:
+        network.fault(PASSING.format("numgen inc mod 20 0 counter drop"))
+        until(
+            lambda: int(re.findall(r"counter packets (\d+)", network.told())[0]) >= 20, what="twenty are lost",
+            deadline_s=40.0,
+        )  # fmt: skip
+        traffic.flows()
+        assert at.controller.state("se-1") == "UP OK"
+        network.mend()
+    assert losses(se, since) == []
+
+
 @pytest.mark.parametrize("noticed", [True, False], ids=["noticed", "back before"])
 def test_a_power_cut_leaves_half_a_connection(place: Place, noticed: bool) -> None:
     """No end and no reset gets out; the machine that is back knows nothing of the connection, and is no copy."""

@@ -47,6 +47,18 @@ def until(condition: Callable[[], Any], *, what: str, deadline_s: float = DEADLI
         time.sleep(0.02)
 
 
+def is_open(sock: socket.socket) -> bool:
+    """Whether the peer hasn't closed a connection; what it said is thrown away."""
+    try:
+        while chunk := sock.recv(4096, socket.MSG_DONTWAIT):
+            del chunk
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 async def until_async(condition: Callable[[], Any], *, what: str, deadline_s: float = DEADLINE_S) -> Any:
     """The same inside a loop, with the operator's calls in a thread."""
     return await asyncio.to_thread(until, condition, what=what, deadline_s=deadline_s)

@@ -28,7 +28,7 @@ from appliance.controller.records import SeRecord
 from appliance.controller.safekeeping import Safekeeping
 from appliance.controller.store.port import OvertakenError
 from appliance.controller.trust import Publication
-from appliance.controller.web import Endpoint, ProblemError, Request, simple_problem
+from appliance.controller.web import MAX_PARTS, Endpoint, ProblemError, Request, simple_problem
 from appliance.errors import ApplianceError, StorageError
 from appliance.pki import ssh_keys
 from appliance.pki.identity import verify
@@ -309,7 +309,7 @@ class ChannelApi:
 
     def answer_beat(self, state: dict[str, Any], body: bytes) -> bytes:
         """A heartbeat's short way (`direct`): its answer's JSON. Raises as `beat`, and `MalformedError`."""
-        beat = strict_json.decode(body, Heartbeat, max_bytes=tunnel.MAX_BODY_BYTES)
+        beat = strict_json.decode(body, Heartbeat, max_bytes=tunnel.MAX_BODY_BYTES, max_parts=MAX_PARTS)
         return msgspec.json.encode(self.beat(state["link"], beat))
 
     async def heartbeat(self, request: Request, beat: Heartbeat) -> HeartbeatAnswer:

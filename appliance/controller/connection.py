@@ -29,7 +29,7 @@ from asyncssh.logging import SSHLogger
 from appliance.controller.acceptor import Acceptor
 from appliance.controller.descriptors import Descriptors
 from appliance.controller.listener import peer_address
-from appliance.controller.pace import PacedConnection
+from appliance.controller.pace import PacedConnection, Strangers
 from appliance.controller.rate import network_of
 from appliance.controller.slots import Line, Slots
 from appliance.pki.mlkem import MlKem768
@@ -140,6 +140,7 @@ class Door:
         self._most_per_source = most_per_source
         self._refused = refused
         self._line: Line[_Waiting] = Line()
+        self._strangers = Strangers(self._loop)
 
     def glance(self, network: str) -> bytes | None:
         """What to say to a connection from `network` before it is closed at once; None where it may come in."""
@@ -184,6 +185,7 @@ class Door:
     def _begin(self, waiting: _Waiting) -> None:
         self._slots.enter()
         transport, connection = waiting.transport, GatewayConnection(self._loop, self._options)
+        connection.strangers = self._strangers
         transport.set_protocol(connection)
         connection.connection_made(transport)
         if waiting.said:

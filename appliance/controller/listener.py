@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import math
 import random
 import socket
 import ssl
@@ -61,6 +62,8 @@ class HttpLimits(NamedTuple):
     """Requests that may wait behind the one that is answered."""
     max_begun: int = sys.maxsize
     """Requests that may be there in part, on all connections: each piece of each costs the loop a moment."""
+    unread_timeout_s: float = math.inf
+    """How long a peer may leave answers lie that fill the connection."""
 
 
 Identify = Callable[[asyncio.Transport], dict[str, Any]]
@@ -130,6 +133,8 @@ class GuardedProtocol(HttpToolsProtocol):
         """Called once when the connection is gone."""
         self.rests: Callable[[bool], None] | None = None
         """Told True when it begins to wait for a next request, False when that came or the connection is gone."""
+        self._unread: asyncio.TimerHandle | None = None
+        """Runs while the peer takes no more of its answers: a request that waits for that has no other deadline."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -142,6 +147,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._disarm()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
+        self._read_again()
         if self.closed is not None:
             self.closed()
         self.closed = self.rests = None  # `rests` knows this object: a cycle, which the collector would have to find
@@ -199,6 +205,27 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if self._reading == "" and self.timeout_keep_alive_task is not None:
             self.rest(begins=True)
+
+    def pause_writing(self) -> None:
+        """Called by the transport."""
+        super().pause_writing()
+        if self._unread is None and self._limits.unread_timeout_s < math.inf:
+            self._unread = self.loop.call_later(self._limits.unread_timeout_s, self._never_reads)
+
+    def resume_writing(self) -> None:
+        """Called by the transport."""
+        self._read_again()
+        super().resume_writing()
+
+    def _read_again(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+
+    def _never_reads(self) -> None:
+        self._unread = None
+        self._refusals["unread"] += 1
+        self.transport.abort()
 
     def rest(self, *, begins: bool) -> None:
         """Tells `rests` that a rest begins or ends."""

@@ -5,6 +5,7 @@ for. Starts nothing: that is `daemon`'s.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import pwd
 import shutil
@@ -189,7 +190,7 @@ class Parts:
         )
         self.enroll_front = self._front(
             "Appliance enrollment", self.enroll_api.endpoints(), enroll_said.MAX_HEADER_BYTES, 24 * 1024,
-            keep_alive_s=5, max_begun=terms.max_begun_requests,
+            keep_alive_s=5, max_begun=terms.max_begun_requests, unread_timeout_s=terms.body_timeout_s,
         )  # fmt: skip
         # A link's channel speaks every few seconds; it must outlive the longest interval many times.
         self.channel_front = DirectFrontEnd(
@@ -239,9 +240,10 @@ class Parts:
 
     def _front(
         self, title: str, endpoints: list[Endpoint], max_header: int, max_body: int, *, keep_alive_s: int,
-        max_begun: int = sys.maxsize,
+        max_begun: int = sys.maxsize, unread_timeout_s: float = math.inf,
     ) -> FrontEnd:  # fmt: skip
-        limits = self._limits(max_header, max_body, keep_alive_s=keep_alive_s)._replace(max_begun=max_begun)
+        limits = self._limits(max_header, max_body, keep_alive_s=keep_alive_s)
+        limits = limits._replace(max_begun=max_begun, unread_timeout_s=unread_timeout_s)
         return FrontEnd(application(title, endpoints, max_body=max_body, documented=True), limits)
 
     def _limits(self, max_header: int, max_body: int, *, keep_alive_s: int) -> HttpLimits:

@@ -72,6 +72,30 @@ class _ProbeSession(asyncssh.SSHTCPSession[bytes]):
             self.host_key.set_exception(TrustError("the connection was closed"))
 
 
+Opened = tuple[asyncssh.SSHTCPChannel[bytes], asyncssh.SSHTCPSession[bytes]]
+
+
+def _unwanted(opening: asyncio.Task[Opened]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result()[0].abort()
+
+
+async def _opened(opening: asyncio.Task[Opened], timeout_s: float) -> asyncssh.SSHTCPChannel[bytes]:
+    """Waits until a channel is open. Raises `TimeoutError`, and as `create_connection`.
+
+    Too late is never: asyncssh would keep a channel whose opening was cancelled, and all that its peer sends on it.
+    """
+    try:
+        await asyncio.wait([opening], timeout=timeout_s)
+    except asyncio.CancelledError:
+        opening.add_done_callback(_unwanted)
+        raise
+    if not opening.done():
+        opening.add_done_callback(_unwanted)
+        raise TimeoutError
+    return opening.result()[0]
+
+
 class ReversePath:
     """Serves the reverse listener and checks each link's reverse path: once, and when it seems down. One loop only.
 
@@ -97,6 +121,8 @@ class ReversePath:
         self._tasks: set[asyncio.Task[None]] = set()
         self._turn = asyncio.Semaphore(CHECKS_AT_ONCE)
         self._checking: set[Link] = set()
+        self._unanswered: dict[Link, asyncio.Task[Opened]] = {}
+        """The opening of a check's channel that an SE didn't answer yet: it gets no other one to leave lie."""
         self.refusals: Counter[str] = Counter()
         self.connections = 0
 
@@ -178,12 +204,10 @@ class ReversePath:
         number = record.number if record else 0
         window = Window(self._windows, asyncio.get_running_loop().time())
         session = SshEnd(end, link, self._fleet.seen, window=window)
-        channel, _ = await asyncio.wait_for(
-            link.conn.create_connection(
-                lambda: session, se_address(number), REVERSE_PORT, peer[0], peer[1], window=FLOOR_BYTES
-            ),
-            OPEN_TIMEOUT_S,
+        opening = link.conn.create_connection(
+            lambda: session, se_address(number), REVERSE_PORT, peer[0], peer[1], window=FLOOR_BYTES
         )
+        channel = await _opened(asyncio.create_task(opening), OPEN_TIMEOUT_S)
         if has_tiny_packets(channel):
             channel.abort()
             raise asyncssh.ChannelOpenError(asyncssh.OPEN_CONNECT_FAILED, "the SE takes only tiny packets")
@@ -228,13 +252,19 @@ class ReversePath:
             return "the SE is not known"
         if not link.reverse_granted:
             return f"the SE did not ask for its address {se_address(record.number)}:{REVERSE_PORT}"
+        if link in self._unanswered:
+            return "it left an earlier channel to its sshd unanswered"
         channel: asyncssh.SSHTCPChannel[bytes] | None = None
         try:
             async with asyncio.timeout(CHECK_TIMEOUT_S):
                 session = _ProbeSession()
-                channel, _ = await link.conn.create_connection(
-                    lambda: session, se_address(record.number), REVERSE_PORT, "127.0.0.1", 0
+                opening = self._unanswered[link] = asyncio.create_task(
+                    link.conn.create_connection(
+                        lambda: session, se_address(record.number), REVERSE_PORT, "127.0.0.1", 0
+                    )
                 )
+                opening.add_done_callback(lambda _opening: self._unanswered.pop(link, None))
+                channel = await _opened(opening, CHECK_TIMEOUT_S)
                 shown = await session.host_key
         except TimeoutError:
             return f"no key exchange with its sshd within {CHECK_TIMEOUT_S:.0f} s"

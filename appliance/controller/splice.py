@@ -51,6 +51,9 @@ class TcpEnd(asyncio.BufferedProtocol):
 
     def attach(self, channel: asyncssh.SSHTCPChannel[bytes], link: Link) -> None:
         """The channel is open: bytes may flow."""
+        if self.closed.is_set():
+            channel.abort()  # the local side broke while it was being opened: nobody else would close it
+            return
         self._link = link
         self.channel = channel
         channel.set_write_buffer_limits(high=0)

@@ -25,6 +25,7 @@ import asyncssh
 from appliance import settings
 from appliance.controller.attempts import Attempts
 from appliance.controller.connection import Door, listen
+from appliance.controller.crowd import Crowd
 from appliance.controller.descriptors import Descriptors
 from appliance.controller.fleet import Fleet
 from appliance.controller.link import REFUSED_RESTS_S, Link
@@ -47,6 +48,9 @@ _log = logging.getLogger(__name__)
 
 CHANNEL_WINDOW_BYTES = 128 * 1024
 """Of the channel API: what a peer may send while an earlier request is answered is kept in memory."""
+MOST_WAITING_BYTES = 16 * 1024
+"""Of answers that a channel's peer leaves no window for: no more are made while so much waits in it. What waits in
+channels isn't weighed with what waits in their connection; this times `max_channels_per_link` is well below that."""
 MAX_REASON_CHARS = 200
 """Of what a peer says when it hangs up."""
 SERVICE_TIMEOUT_S = 10.0
@@ -84,7 +88,7 @@ class ChannelSession(asyncssh.SSHTCPSession[bytes]):
         self._on_close = on_close
 
     def connection_made(self, chan: asyncssh.SSHTCPChannel[bytes]) -> None:
-        chan.set_write_buffer_limits(high=256 * 1024)
+        chan.set_write_buffer_limits(high=MOST_WAITING_BYTES)
         self._protocol.connection_made(chan)  # type: ignore[arg-type]
 
     def data_received(self, data: bytes, datatype: asyncssh.DataType) -> None:  # noqa: ARG002
@@ -137,7 +141,7 @@ class Gateway:
         self.door: Door | None = None
         """From `listen` on."""
         self.link_ids = itertools.count(1)
-        self.unauthenticated: Counter[str] = Counter()
+        self.strangers: Crowd[Peer] = Crowd(terms.max_unauthenticated, terms.max_unauthenticated_per_source)
         self.links = 0
         self.empty = asyncio.Event()
         """Set while there is no link."""
@@ -146,14 +150,14 @@ class Gateway:
         """Refused connections, log-ins, channels and forwards, by kind."""
 
     def has_room(self, source: str) -> bool:
-        """Whether one more may wait for its log-in."""
-        waiting = self.unauthenticated
-        return not (
-            self.draining
-            or self.links >= self.terms.max_links
-            or waiting.total() >= self.terms.max_unauthenticated
-            or waiting[network_of(source)] >= self.terms.max_unauthenticated_per_source
-        )
+        """Whether one more may wait for its log-in. Where another one has to go for it, it goes."""
+        if self.draining or self.links >= self.terms.max_links:
+            return False
+        network = network_of(source)
+        if (peer := self.strangers.gives_way(network)) is not None:
+            self.refusals["connection"] += 1
+            peer.give_way()
+        return self.strangers.has_room(network)
 
     def problem(self) -> str:
         """What keeps everybody out, "" where nothing does."""
@@ -161,7 +165,7 @@ class Gateway:
         return f"all {most} links that controller.max_links allows are taken" if self.links >= most else ""
 
     def lets_in(self, source: str) -> bool:
-        """The same, and counts who is turned away."""
+        """The same, and counts who is turned away, the newcomer too."""
         if self.has_room(source):
             return True
         self.refusals["connection"] += 1
@@ -255,16 +259,19 @@ class Peer(asyncssh.SSHServer):
         if not self._gateway.lets_in(self._source):
             conn.abort()
             return
-        self._gateway.unauthenticated[network_of(self._source)] += 1
+        self._gateway.strangers.add(network_of(self._source), self)
         self._counted = True
 
     def _no_longer_waiting(self) -> None:
         if self._counted:
             self._counted = False
-            waiting, network = self._gateway.unauthenticated, network_of(self._source)
-            waiting[network] -= 1
-            if not waiting[network]:
-                del waiting[network]
+            self._gateway.strangers.remove(network_of(self._source), self)
+
+    def give_way(self) -> None:
+        """Hasn't logged in, and another one needs the place."""
+        self._no_longer_waiting()
+        if self._conn is not None:
+            self._conn.abort()
 
     def begin_auth(self, username: str) -> bool:
         if username != self._gateway.se_user:
@@ -340,6 +347,8 @@ class Peer(asyncssh.SSHServer):
         asyncio.get_running_loop().call_later(gateway.terms.login_timeout_s, self._hello_deadline)
 
     def _hello_deadline(self) -> None:
+        # One that never says a heartbeat is nobody's to wait for any more: those that do would be kept out for ever.
+        self._leave_slot()
         link = self._link
         if link is not None and not link.ticket and not link.quarantined:
             self._gateway.refusals["no-hello"] += 1

@@ -18,6 +18,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from appliance import __version__
+from appliance.controller.listener import Turns
 from appliance.errors import ApplianceError
 from appliance.protocol import problem as problems
 from appliance.protocol import strict_json
@@ -29,6 +30,12 @@ JOSE = "application/jose+json"
 
 MAX_NUMBER = 2.0**53
 """Of query parameters, either way; also keeps `nan` and `inf` out, which Python reads as numbers."""
+
+LARGE_BYTES = 1024
+"""A body above this waits for its turn: to read one may take some milliseconds, and many that became whole at once, on
+as many connections or channels, would be read in one turn of the loop."""
+MAX_PARTS = 8192
+"""Values in one body: eight bytes each of the largest one that an operator may send."""
 
 _log = logging.getLogger(__name__)
 
@@ -92,9 +99,9 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     return bytes(chunks)
 
 
-def _route(path: str, endpoints: Sequence[Endpoint], max_body: int) -> Route:
+def _route(path: str, endpoints: Sequence[Endpoint], max_body: int, turns: Turns) -> Route:
     """One route a path, not one a method: a 405 names all methods of the path."""
-    runs = {entry.method: _runner(entry, max_body) for entry in endpoints if entry.path == path}
+    runs = {entry.method: _runner(entry, max_body, turns) for entry in endpoints if entry.path == path}
     if "GET" in runs:
         runs["HEAD"] = runs["GET"]
 
@@ -104,15 +111,17 @@ def _route(path: str, endpoints: Sequence[Endpoint], max_body: int) -> Route:
     return Route(path, run, methods=list(runs), include_in_schema=False)
 
 
-def _runner(endpoint: Endpoint, max_body: int) -> Callable[[Request], Awaitable[Response]]:
+def _runner(endpoint: Endpoint, max_body: int, turns: Turns) -> Callable[[Request], Awaitable[Response]]:
     async def run(request: Request) -> Response:
         try:
             endpoint.admit(request)
             body: Any = None
             if endpoint.body is not None:
                 body = await read_body(request, max_body)
+                if len(body) > LARGE_BYTES:
+                    await turns.mine()
                 if endpoint.body is not bytes:
-                    body = strict_json.decode(body or b"{}", endpoint.body, max_bytes=max_body)
+                    body = strict_json.decode(body or b"{}", endpoint.body, max_bytes=max_body, max_parts=MAX_PARTS)
             answer = await endpoint.handler(request, body)
         except ProblemError as error:
             return problem_response(error.problem)
@@ -150,7 +159,8 @@ async def _unexpected(request: Request, error: Exception) -> Response:
 
 def application(title: str, endpoints: Sequence[Endpoint], *, max_body: int, documented: bool = False) -> Starlette:
     """Builds the ASGI application of one front end; `documented` adds GET /v1/openapi.json."""
-    routes = [_route(path, endpoints, max_body) for path in dict.fromkeys(entry.path for entry in endpoints)]
+    turns = Turns(1)
+    routes = [_route(path, endpoints, max_body, turns) for path in dict.fromkeys(entry.path for entry in endpoints)]
     if documented:
         document = msgspec.json.encode(openapi(title, endpoints))
 

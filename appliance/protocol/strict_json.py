@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -114,20 +115,23 @@ def _as_we_write_it(raw: bytes, kind: type[T]) -> T | None:
         return None
 
 
-def decode(raw: bytes, kind: type[T], *, max_bytes: int) -> T:
+def decode(raw: bytes, kind: type[T], *, max_bytes: int, max_parts: int = sys.maxsize) -> T:
     """Decodes `raw` as one `kind`.
 
     Args:
         raw: UTF-8 JSON text.
         kind: a msgspec struct declared with `forbid_unknown_fields=True`.
         max_bytes: the most that is looked at.
+        max_parts: the most values in it, about: a quarter of a megabyte of empty lists takes 45 ms to refuse.
 
     Raises:
-        MalformedError: too long, not UTF-8, not JSON, nested too deeply, a name twice, a number outside 64
-            bits, a wrong or unknown field.
+        MalformedError: too long, of too many values, not UTF-8, not JSON, nested too deeply, a name twice, a number
+            outside 64 bits, a wrong or unknown field.
     """
     if len(raw) > max_bytes:
         raise MalformedError(f"document of {len(raw)} bytes, at most {max_bytes} are accepted")
+    if raw.count(b",") + raw.count(b"[") + raw.count(b"{") > max_parts:
+        raise MalformedError(f"more than {max_parts} values")
     own = _as_we_write_it(raw, kind)
     if own is not None:
         return own

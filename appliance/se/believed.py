@@ -102,6 +102,8 @@ class Beliefs:
 
     def _put(self, envelope: Envelope, document: TrustDocument) -> None:
         self._file.save(envelope)
+        # Before it counts as in force: what fails here is done again with the next answer that brings the document.
+        self._write_login_keys(document)
         self._current = document
         self._log.info(
             "trust document version %d of cluster %s is in force, %d nodes",
@@ -109,7 +111,6 @@ class Beliefs:
             document.cluster_id,
             len(document.nodes),
         )
-        self._write_login_keys(document)
         for listener in self._listeners:
             listener(document)
 

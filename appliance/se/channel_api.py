@@ -26,6 +26,8 @@ T = TypeVar("T")
 MAX_ANSWER_BYTES = 512 * 1024
 """An answer may carry a trust document of 256 KiB in base64."""
 _CHUNK_BYTES = 32 * 1024
+_ROOM_S = 30.0
+"""How long a controller that lives may leave no room for a request; one that is silent is the guard's."""
 
 
 class ByteChannel(Protocol):
@@ -150,8 +152,13 @@ class ChannelApi:
             self._forget()
             self._channel = self._open_channel()
         try:
-            self._channel.settimeout(None)  # the guard ends the link where this would wait for ever
+            self._channel.settimeout(_ROOM_S)
             self._channel.sendall(head.encode() + body)
+        except TimeoutError:
+            self._forget()
+            raise TunnelError(
+                f"the controller takes no requests, for {_ROOM_S:g} s now, though it sends", code="TUNNEL-050"
+            ) from None
         except (OSError, EOFError) as error:
             self._forget()
             raise TunnelError(f"the link broke while a request was sent: {error}", code="TUNNEL-035") from None

@@ -26,6 +26,8 @@ from appliance.se.pump import pump
 from appliance.se.wire import shut
 
 MAX_CONNECTIONS = 32
+_PAUSE_S = 0.1
+"""After a connection that can't be taken: it waits, and would be offered again at once."""
 _BACKLOG = 16
 _MAX_PATH_BYTES = 107
 """sockaddr_un holds no longer path (unix(7))."""
@@ -71,7 +73,11 @@ class Forward:
                 while not stop.stopped:
                     for key, _ in selector.select():
                         if key.data is not None and isinstance(key.fileobj, socket.socket):
-                            self._take(key.fileobj, *key.data)
+                            try:
+                                self._take(key.fileobj, *key.data)
+                            except (OSError, RuntimeError) as error:  # no descriptor or no thread left
+                                self._log.warning("forward: a connection can't be taken: %s", error)
+                                stop.wait(_PAUSE_S)
             finally:
                 withdraw()
                 for sock in listening:
@@ -117,17 +123,18 @@ class Forward:
         return sock
 
     def _take(self, listener: socket.socket, host: str, port: int) -> None:
-        try:
-            sock, _ = listener.accept()
-        except OSError:
-            return
+        sock, _ = listener.accept()
         if not self._free.acquire(blocking=False):
             self._log.warning("forward: %d connections are open, one more was closed", MAX_CONNECTIONS)
             sock.close()
             return
         with self._lock:
             self._connections.add(sock)
-        threading.Thread(target=self._serve, args=(sock, host, port), name=f"forward {host}", daemon=True).start()
+        try:
+            threading.Thread(target=self._serve, args=(sock, host, port), name=f"forward {host}", daemon=True).start()
+        except RuntimeError:
+            self._let_go(sock)
+            raise
 
     def _serve(self, sock: socket.socket, host: str, port: int) -> None:
         try:
@@ -135,10 +142,13 @@ class Forward:
         except ApplianceError as error:
             self._log.warning("forward: %s", error.message)
         finally:
-            with self._lock:
-                self._connections.discard(sock)
-            sock.close()
-            self._free.release()
+            self._let_go(sock)
+
+    def _let_go(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._connections.discard(sock)
+        sock.close()
+        self._free.release()
 
 
 def _loopback(name: str, where: str) -> tuple[str, int]:

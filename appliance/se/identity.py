@@ -77,7 +77,7 @@ class SeState:
 
     def __init__(self, paths: Paths) -> None:
         self._log = log.bind("seed")
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self.directory = paths.se_state
         make_dir(self.directory)
         self._identity_document = Document(self.directory / "identity.json", IdentityRecord)
@@ -138,31 +138,34 @@ class SeState:
 
     def next_identity(self) -> Identity:
         """Returns the key that is to take this one's place; makes and stores it first where there is none yet."""
-        record = self.require()
-        if not record.next_key:
-            record = msgspec.structs.replace(record, next_key=Identity.create().pkcs8().reveal().decode())
-            self._identity_document.save(record)
-            self._record = record
+        with self._lock:
+            record = self.require()
+            if not record.next_key:
+                record = msgspec.structs.replace(record, next_key=Identity.create().pkcs8().reveal().decode())
+                self._identity_document.save(record)
+                self._record = record
         return Identity.from_pkcs8(record.next_key.encode())
 
     def promote_key(self, receipt: Envelope | None = None) -> None:
         """The controller knows the next key: it is the key from now on, with its `receipt`; the old one is gone."""
-        record = self.require()
-        if not record.next_key:
-            return
-        grant = record.grant
-        if grant is not None and receipt is not None:
-            grant = msgspec.structs.replace(grant, receipt=receipt)
-        record = msgspec.structs.replace(record, key=record.next_key, next_key="", grant=grant)
-        self._identity_document.save(record)
-        self._record, self._identity = record, Identity.from_pkcs8(record.key.encode())
-        self._tries_next = False
-        self._log.info("this SE has a new key, %s", self._identity.thumbprint)
+        with self._lock:
+            record = self.require()
+            if not record.next_key:
+                return
+            grant = record.grant
+            if grant is not None and receipt is not None:
+                grant = msgspec.structs.replace(grant, receipt=receipt)
+            record = msgspec.structs.replace(record, key=record.next_key, next_key="", grant=grant)
+            self._identity_document.save(record)
+            self._record, self._identity = record, Identity.from_pkcs8(record.key.encode())
+            self._tries_next = False
+            self._log.info("this SE has a new key, %s", self._identity.thumbprint)
 
     def save_receipt(self, receipt: Envelope) -> None:
         """Stores a verified receipt in place of the one that came with the grant. Raises `StorageError`."""
-        if self.grant is not None:
-            self.save_grant(msgspec.structs.replace(self.grant, receipt=receipt))
+        with self._lock:
+            if self.grant is not None:
+                self.save_grant(msgspec.structs.replace(self.grant, receipt=receipt))
 
     def login_identity(self) -> tuple[Identity, bool]:
         """Returns the key to log in with, and whether it is the next one (see `key_refused`)."""
@@ -206,9 +209,10 @@ class SeState:
 
     def save_grant(self, grant: Grant) -> None:
         """Stores the grant with the identity it belongs to, as one document. Raises `StorageError`."""
-        record = msgspec.structs.replace(self.require(), grant=grant)
-        self._identity_document.save(record)
-        self._record = record
+        with self._lock:
+            record = msgspec.structs.replace(self.require(), grant=grant)
+            self._identity_document.save(record)
+            self._record = record
 
     def ticket(self, node: int) -> str:
         """Returns the last ticket stored for `node`, "" where there is none."""

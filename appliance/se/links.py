@@ -26,6 +26,8 @@ from appliance.se.ssh import KEY_REFUSED
 from appliance.se.tunnel import THERE, Link
 
 JOIN_TIMEOUT_S = 2.0
+MOST_SLOTS = 5
+"""Slots in a row that an address may give; after that it counts as one that doesn't answer."""
 
 
 class _Line:
@@ -33,6 +35,9 @@ class _Line:
 
     def __init__(self, node: TrustNode, stop: StopToken) -> None:
         self.node = node
+        """As the current link was dialled."""
+        self.newest = node
+        """As it is dialled next."""
         self.stop = stop
         self.link: Link | None = None
         self.thread: threading.Thread | None = None
@@ -120,6 +125,7 @@ class Links:
         for number, node in wanted.items():
             with self._changed:
                 if number in self._lines:
+                    self._lines[number].newest = node
                     continue
                 line = self._lines[number] = _Line(node, stop.child())
             line.thread = threading.Thread(target=self._keep, args=(line,), name=f"link {number}", daemon=True)
@@ -144,15 +150,16 @@ class Links:
         """Body of a node's thread."""
         settings = self._caller().settings
         backoff = Backoff(first_s=settings.redial_first_s, most_s=settings.redial_most_s)
-        node, turn = line.node, 0
+        turn = slots = 0
         while not line.stop.stopped:
+            node = line.node = line.newest
             endpoint = node.ssh[turn % len(node.ssh)]
             link = line.link = Link(
                 self._caller(),
                 node,
                 endpoint,
                 earlier_links=self._made,
-                carries=lambda: self._carries(node.number),
+                carries=lambda: self._carries(line.node.number),
                 on_state=lambda _state: self._on_change(),
             )
             started = self._clock.monotonic()
@@ -176,10 +183,13 @@ class Links:
                 self._there_at = self._clock.monotonic()
                 if self._clock.monotonic() - started >= STEADY_AFTER_S:
                     backoff.reset()
-            elif link.slot_s is None:
-                turn += 1
-            # A slot is no failure: it is obeyed as it is, and the back-off doesn't grow.
-            line.stop.wait(backoff.next_s() if link.slot_s is None else link.slot_s)
+            slots = 0 if link.slot_s is None else slots + 1
+            keeps_slot = 0 < slots <= MOST_SLOTS
+            if not link.was_there and not keeps_slot:
+                turn, slots = turn + 1, 0
+            # A slot is no failure: it is obeyed as it is, and the back-off doesn't grow. But nobody has proved anything
+            # who gives one: whoever gives no end of them keeps this SE from no other address.
+            line.stop.wait(link.slot_s if keeps_slot and link.slot_s is not None else backoff.next_s())
 
     def _lost(self, link: Link, node: TrustNode, error: ApplianceError) -> None:
         self._log.warning(

@@ -32,7 +32,12 @@ def pump(sock: socket.socket, channel: ByteChannel) -> None:
         return
     finished = threading.Event()
     upward = threading.Thread(target=_to_channel, args=(sock, channel, finished), name="pump up", daemon=True)
-    upward.start()
+    try:
+        upward.start()
+    except RuntimeError:  # no thread left
+        channel.close()
+        sock.close()
+        return
     try:
         _to_socket(sock, channel)
         while not channel.closed and not finished.wait(_LOOK_AGAIN_S):

@@ -6,6 +6,7 @@ connection goes to is this SE's setting alone, the controller can't choose.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import socket
 import threading
@@ -50,9 +51,16 @@ class ReversePath:
     def _take(self) -> None:
         while (channel := self.accepted.get()) is not None:
             if self._free.acquire(blocking=False):
-                threading.Thread(target=self._serve, args=(channel,), name="reverse", daemon=True).start()
+                try:
+                    threading.Thread(target=self._serve, args=(channel,), name="reverse", daemon=True).start()
+                except RuntimeError as error:
+                    self._free.release()
+                    self._log.warning("reverse path: %s, one connection was closed", error)
+                else:
+                    continue
             else:
                 self._log.warning("reverse path: %d connections are open, one more was closed", MAX_CONNECTIONS)
+            with contextlib.suppress(OSError, EOFError):
                 channel.close()
 
     def _serve(self, channel: ByteChannel) -> None:

@@ -40,15 +40,44 @@ _DISCONNECT, _BY_APPLICATION = b"\x01", 11
 _CHANNEL_REQUEST = b"\x62"
 """SSH_MSG_CHANNEL_REQUEST (RFC 4254 section 5.4)."""
 
-_CHANNEL_DATA, _WINDOW_ADJUST = 94, b"\x5d"
-"""SSH_MSG_CHANNEL_DATA, SSH_MSG_CHANNEL_WINDOW_ADJUST (RFC 4254 section 5.2)."""
+_CHANNEL_DATA, _EXTENDED_DATA, _WINDOW_ADJUST = 94, 95, b"\x5d"
+"""SSH_MSG_CHANNEL_DATA, SSH_MSG_CHANNEL_EXTENDED_DATA, SSH_MSG_CHANNEL_WINDOW_ADJUST (RFC 4254 section 5.2)."""
 
 _FAILURES = (paramiko.SSHException, OSError, EOFError)
+
+_OPEN_S = 30.0
+"""How long an open may go unanswered by a peer that lives; a silent one is the guard's."""
+_MOST_SEEN = 4096
+"""Numbers of channels that are kept: what is still under way to one that was closed is no breach of the protocol."""
+
+
+class _Seen(dict[int, bool]):
+    """paramiko's `channels_seen`, which would keep the number of each channel for as long as the link lives."""
+
+    def __setitem__(self, number: int, value: bool) -> None:
+        super().__setitem__(number, value)
+        if len(self) > _MOST_SEEN:
+            del self[next(iter(self))]
 
 
 class _Packets(paramiko.packet.Packetizer):
     def start_handshake(self, timeout: float) -> None:
         """Does nothing: paramiko would start a timer thread that a failed handshake leaves behind for 15 s."""
+
+
+_UNREAD_BYTES = 1024 * 1024
+"""Of one channel: what is less isn't counted. A window that shrank is still held by what its reader left: hence twice
+`MOST_BYTES`."""
+
+
+def _take_data(channel: paramiko.Channel, message: paramiko.Message) -> None:
+    """paramiko grants windows, and takes what is beyond them all the same."""
+    channel._feed(message)  # type: ignore[attr-defined]  # noqa: SLF001
+    if len(channel.in_buffer) > _UNREAD_BYTES:
+        channels = channel.transport._channels.values()  # type: ignore[union-attr]  # noqa: SLF001
+        waiting = [size for each in channels if (size := len(each.in_buffer)) > _UNREAD_BYTES]
+        if sum(waiting) > 2 * MOST_BYTES + len(waiting) * _UNREAD_BYTES:
+            raise paramiko.SSHException("the peer sends more than it may")
 
 
 class _Transport(paramiko.Transport):
@@ -58,18 +87,45 @@ class _Transport(paramiko.Transport):
     heartbeat's thread has woken up.
     """
 
+    _channel_handler_table = {  # noqa: RUF012 - paramiko's
+        **paramiko.Transport._channel_handler_table,  # type: ignore[attr-defined]  # noqa: SLF001
+        _CHANNEL_DATA: _take_data,
+        _EXTENDED_DATA: lambda _channel, _message: None,  # nobody reads it
+    }
+
     def __init__(self, wire: Wire) -> None:
         super().__init__(
             wire,  # type: ignore[arg-type]
             default_window_size=FLOOR_BYTES, strict_kex=True, packetizer_class=_Packets,
         )  # fmt: skip
+        self.channels_seen = _Seen()
+        self._put_off: list[paramiko.Message] = []
+        """What this thread itself has to say once the new keys are there."""
         self.bulk_channels: set[int] = set()
         """The peer's numbers of channels that carry bulk."""
         self._bulk_turn = threading.Lock()
         self._changed = threading.Condition()
         self._urgent = 0
 
+    def _parse_newkeys(self, message: paramiko.Message) -> None:
+        super()._parse_newkeys(message)  # type: ignore[misc]
+        waiting, self._put_off = self._put_off, []
+        for data in waiting:
+            self._send_user_message(data)
+
     def _send_user_message(self, data: paramiko.Message) -> None:
+        """Raises `OSError` where it can't be sent."""
+        if threading.current_thread() is self and not self.clear_to_send.is_set():
+            # The answer to a channel's end that crossed our wish for new keys: whoever reads must not wait for what
+            # only he can read.
+            self._put_off.append(data)
+            return
+        try:
+            self._send_in_turn(data)
+        except paramiko.SSHException as error:  # no new keys in time
+            raise TimeoutError(str(error)) from None
+
+    def _send_in_turn(self, data: paramiko.Message) -> None:
         head = data.packet.getbuffer()[:5]
         is_bulk = head[0] == _CHANNEL_DATA and int.from_bytes(head[1:], "big") in self.bulk_channels
         head.release()  # or the message couldn't grow any more
@@ -171,7 +227,8 @@ class SshConnection:
         self._rtt_s = rtt_s
         self._pool, self._pool_lock = Pool(MOST_BYTES), threading.Lock()
         self._transport = transport = _Transport(wire)
-        transport.banner_timeout = transport.auth_timeout = transport.channel_timeout = _ENDLESS_S
+        transport.banner_timeout = transport.auth_timeout = _ENDLESS_S
+        transport.channel_timeout = _OPEN_S
         options = transport.get_security_options()
         kex = said.KEX + (said.KEX_FALLBACK if allow_curve25519 else ())
         options.kex = tuple(name for name in kex if name in options.kex)
@@ -289,7 +346,21 @@ class SshConnection:
 
     def grants_request(self, request: str, fields: Sequence[str]) -> bool:
         """Whether a request on a session channel is granted; `fields` are strings that go with it."""
+        more = paramiko.Message()
+        for field in fields:
+            more.add_string(field)
+        return self._grants_on_session(request, more.asbytes())
 
+    def grants_x11(self) -> bool:
+        """Whether X11 forwarding is granted on a session channel."""
+        more = paramiko.Message()
+        more.add_boolean(False)  # not for one connection only
+        more.add_string("MIT-MAGIC-COOKIE-1")
+        more.add_string("0" * 32)
+        more.add_int(0)
+        return self._grants_on_session("x11-req", more.asbytes())
+
+    def _grants_on_session(self, request: str, fields: bytes) -> bool:
         def ask() -> None:
             channel = self._transport.open_session()
             try:
@@ -298,23 +369,12 @@ class SshConnection:
                 message.add_int(channel.remote_chanid)
                 message.add_string(request)
                 message.add_boolean(True)
-                for field in fields:
-                    message.add_string(field)
+                message.add_bytes(fields)
                 channel._event_pending()  # type: ignore[attr-defined]  # noqa: SLF001 - no public name for one request
+                if channel.closed:  # before that: nobody would wake who waits from now on
+                    raise paramiko.SSHException("the channel was closed")
                 self._transport._send_user_message(message)  # noqa: SLF001
                 channel._wait_for_event()  # type: ignore[attr-defined]  # noqa: SLF001
-            finally:
-                channel.close()
-
-        return self._grants(ask)
-
-    def grants_x11(self) -> bool:
-        """Whether X11 forwarding is granted on a session channel."""
-
-        def ask() -> None:
-            channel = self._transport.open_session()
-            try:
-                channel.request_x11()
             finally:
                 channel.close()
 

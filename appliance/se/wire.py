@@ -43,8 +43,9 @@ def connect(endpoint: str, *, default_port: int, timeout_s: float, stop: StopTok
     problem = "no address"
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise UnreachableError(f"{host!r} can't be resolved: {error.strerror}", hint="check the name and DNS") from None
+    except (OSError, UnicodeError) as error:  # a name with an empty or too long part can't even be asked for
+        why = error.strerror if isinstance(error, OSError) else error
+        raise UnreachableError(f"{host!r} can't be resolved: {why}", hint="check the name and DNS") from None
     for family, kind, protocol, _, address in found:
         if stop.stopped:
             problem = "stopped"

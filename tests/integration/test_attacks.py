@@ -21,7 +21,7 @@ from pathlib import Path
 import asyncssh
 import psutil
 import pytest
-from rig import RunningController, linked, machine, refused, running, twin_of, until, until_async
+from rig import RunningController, is_open, linked, machine, refused, running, twin_of, until, until_async
 
 from appliance import settings
 from appliance.errors import ApplianceError, EnrollError
@@ -497,17 +497,6 @@ def test_one_source_gets_no_more_connections_than_its_share(tmp_path: Path, port
         until(lambda: sum(is_open(sock) for sock in socks) <= 10, what="the others are closed", deadline_s=4)
         for sock in socks:
             sock.close()
-
-
-def is_open(sock: socket.socket) -> bool:
-    try:
-        while chunk := sock.recv(4096, socket.MSG_DONTWAIT):
-            del chunk
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def test_a_stalled_key_exchange_ends_at_the_login_deadline(tmp_path: Path) -> None:

@@ -107,6 +107,17 @@ def test_size_is_looked_at_first() -> None:
         decode(b"\xff\xff\xff", max_bytes=2)
 
 
+def test_more_values_than_are_accepted_are_refused_before_they_are_looked_at() -> None:
+    def of(count: int) -> Doc:
+        raw = b'{"any":[' + b",".join([b"[]"] * count) + b"]}"
+        return strict_json.decode(raw, Doc, max_bytes=1 << 20, max_parts=100)
+
+    # An object, a list, and of each value in it a bracket and but for one a comma.
+    assert of(49).any == [[]] * 49
+    with pytest.raises(MalformedError, match="more than 100 values"):
+        of(50)
+
+
 def test_nesting_up_to_the_limit_passes_and_one_more_is_refused() -> None:
     levels = MAX_DEPTH - 1
     assert decode(b'{"any": ' + b"[" * levels + b"]" * levels + b"}").any is not None

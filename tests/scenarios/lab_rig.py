@@ -29,6 +29,7 @@ import msgspec
 import rig
 from rig import RunningController, until
 
+from appliance.errors import NotFoundError
 from appliance.lab import sshd
 from appliance.lab.layout import Layout, SePart
 from appliance.protocol.why import Chain, Step, StepResult
@@ -413,7 +414,13 @@ class Site:
 
     def until_state(self, se: RealSe, state: str, *, deadline_s: float = 20.0) -> None:
         """Waits until the controller tells `state` ("DOWN LINK_LOST" for example)."""
-        until(lambda: self.controller.state(se.name) == state, what=f"{se.name} is {state}", deadline_s=deadline_s)
+
+        def is_told() -> bool:
+            with contextlib.suppress(NotFoundError):  # it hasn't enrolled yet
+                return self.controller.state(se.name) == state
+            return False
+
+        until(is_told, what=f"{se.name} is {state}", deadline_s=deadline_s)
 
     def uses(self) -> int:
         """How often the first image key was used."""

@@ -23,7 +23,7 @@ from appliance.protocol.enroll import Grant
 from appliance.protocol.trust import RECEIPT_TYPE, Receipt
 from appliance.runtime.stop import StopToken
 from appliance.se import believed as module
-from appliance.se.forward import Forward
+from appliance.se.forward import _PAUSE_S, Forward
 from appliance.se.identity import SeState
 from appliance.se.pump import pump
 from appliance.se.reverse import ReversePath
@@ -173,9 +173,16 @@ def test_a_pump_without_a_second_thread_lets_both_ends_go(monkeypatch: pytest.Mo
     channel.far.close()
 
 
-def test_the_forward_side_waits_for_descriptors(tmp_path: Path) -> None:
+def test_the_forward_side_waits_for_descriptors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stop, path = StopToken(), tmp_path / "s"
     forward = Forward(path, {}, open_channel=refused)
+    tries, take = [0], forward._take
+
+    def counting(*which: Any) -> None:
+        tries[0] += 1
+        take(*which)
+
+    monkeypatch.setattr(forward, "_take", counting)
     thread = threading.Thread(target=forward.run, args=(stop,))
     thread.start()
     until(path.is_socket)
@@ -189,9 +196,10 @@ def test_the_forward_side_waits_for_descriptors(tmp_path: Path) -> None:
                 while True:
                     held.append(os.dup(0))
             sock.connect(str(path))
-            begun = time.process_time()
-            time.sleep(0.5)
-            used_s = time.process_time() - begun
+            until(lambda: tries[0] > 0)
+            begun, before = time.monotonic(), tries[0]
+            until(lambda: tries[0] >= before + 3)
+            took_s = time.monotonic() - begun
         finally:
             for number in held:
                 os.close(number)
@@ -199,4 +207,4 @@ def test_the_forward_side_waits_for_descriptors(tmp_path: Path) -> None:
         assert sock.recv(1) == b"", "it is its turn at last"
     stop.stop("the test ends")
     thread.join(5)
-    assert used_s < 0.2
+    assert took_s > 2 * _PAUSE_S, "it tries again without a pause"

@@ -21,6 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import asyncssh
 import msgspec
 
 from appliance.cli.operator import Operator
@@ -313,3 +314,10 @@ async def machine():  # type: ignore[no-untyped-def]
         while open_descriptors() > descriptors:
             assert time.monotonic() < deadline, "descriptors are left behind"
             await asyncio.sleep(0.01)
+
+
+def leave_keys_lie(se: SimulatedSe) -> None:
+    """Begins a key exchange, leaves the answer lie, and lets the client go on as if it had not asked."""
+    se.conn._packet_handlers = {**se.conn._packet_handlers, asyncssh.constants.MSG_KEXINIT: lambda *_: True}
+    se.conn._send_kexinit()
+    se.conn._kex_complete = True

@@ -149,7 +149,7 @@ class Gateway:
         self.refusals: Counter[str] = Counter()
         """Refused connections, log-ins, channels and forwards, by kind."""
 
-    def has_room(self, source: str) -> bool:
+    def _makes_room(self, source: str) -> bool:
         """Whether one more may wait for its log-in. Where another one has to go for it, it goes."""
         if self.draining or self.links >= self.terms.max_links:
             return False
@@ -166,7 +166,7 @@ class Gateway:
 
     def lets_in(self, source: str) -> bool:
         """The same, and counts who is turned away, the newcomer too."""
-        if self.has_room(source):
+        if self._makes_room(source):
             return True
         self.refusals["connection"] += 1
         return False

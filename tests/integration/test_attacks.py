@@ -21,7 +21,18 @@ from pathlib import Path
 import asyncssh
 import psutil
 import pytest
-from rig import RunningController, is_open, linked, machine, refused, running, twin_of, until, until_async
+from rig import (
+    RunningController,
+    is_open,
+    leave_keys_lie,
+    linked,
+    machine,
+    refused,
+    running,
+    twin_of,
+    until,
+    until_async,
+)
 
 from appliance import settings
 from appliance.errors import ApplianceError, EnrollError
@@ -272,13 +283,6 @@ async def flood_until_closed(controller: RunningController, se: SimulatedSe, sen
     finally:
         transport.resume_reading()
     return highest - before
-
-
-def leave_keys_lie(se: SimulatedSe) -> None:
-    """Begins a key exchange, leaves the answer lie, and lets the client go on as if it had not asked."""
-    se.conn._packet_handlers = {**se.conn._packet_handlers, asyncssh.constants.MSG_KEXINIT: lambda *_: True}
-    se.conn._send_kexinit()
-    se.conn._kex_complete = True
 
 
 @pytest.mark.parametrize("rekeying", [False, True], ids=["unread", "without keys"])
